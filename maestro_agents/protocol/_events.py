@@ -1,0 +1,102 @@
+"""Run events: transitions that no request carries (`POST /v1/maestro/runs/{run}/events`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ._annotation import Slo, Successor
+from ._base import MAX_EVENTS, PROTOCOL_VERSION, Message, Name
+
+Instance = Annotated[int, Field(ge=0)]
+
+
+class _Event(Message):
+    at: Annotated[float, Field(ge=0)] = 0.0
+    """Unix time at the client, seconds; 0 when unknown."""
+
+
+class RunStarted(_Event):
+    """A run began. Sent before its first call, but may arrive after it."""
+
+    type: Literal["run_started"] = "run_started"
+    workflow: Name | None = None
+    conversation: Name | None = None
+    slo: Slo | None = None
+    tenant: Name | None = None
+
+
+class StageStarted(_Event):
+    """An instance of a stage began; `step` is the superstep in bulk-synchronous frameworks."""
+
+    type: Literal["stage_started"] = "stage_started"
+    stage: Name
+    instance: Instance = 0
+    step: Instance | None = None
+
+
+class StageEnded(_Event):
+    """An instance of a stage ended. `next` is what routing chose, None when it chose nothing."""
+
+    type: Literal["stage_ended"] = "stage_ended"
+    stage: Name
+    instance: Instance = 0
+    failed: bool = False
+    next: tuple[Successor, ...] | None = None
+
+
+class ToolStarted(_Event):
+    """A tool began inside a stage: its next call comes when the tool is done."""
+
+    type: Literal["tool_started"] = "tool_started"
+    stage: Name
+    tool: Name
+
+
+class ToolEnded(_Event):
+    """A tool ended after `duration_s` seconds."""
+
+    type: Literal["tool_ended"] = "tool_ended"
+    stage: Name
+    tool: Name
+    duration_s: Annotated[float, Field(ge=0)] = 0.0
+
+
+class RunPaused(_Event):
+    """A human was asked: the deadline clock stops."""
+
+    type: Literal["run_paused"] = "run_paused"
+
+
+class RunResumed(_Event):
+    """The human answered: the deadline clock goes on."""
+
+    type: Literal["run_resumed"] = "run_resumed"
+
+
+class RunEnded(_Event):
+    """The run is over; nothing more will be called."""
+
+    type: Literal["run_ended"] = "run_ended"
+    failed: bool = False
+
+
+RunEvent = Annotated[
+    RunStarted
+    | StageStarted
+    | StageEnded
+    | ToolStarted
+    | ToolEnded
+    | RunPaused
+    | RunResumed
+    | RunEnded,
+    Field(discriminator="type"),
+]
+
+
+class RunEvents(Message):
+    """One POST of events, in the order they happened."""
+
+    version: int = PROTOCOL_VERSION
+    events: tuple[RunEvent, ...] = Field(max_length=MAX_EVENTS)

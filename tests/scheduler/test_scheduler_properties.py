@@ -1,0 +1,273 @@
+"""Whatever happens, in whatever order: no call lost or doubled, memory right, nobody starves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from scheduler.scenes import GIB, node, worker
+
+from maestro_backend.scheduler import (
+    Abort,
+    CallArrived,
+    CallCancelled,
+    CallFailed,
+    CallFinished,
+    CallProgress,
+    Command,
+    CommandApplied,
+    CommandFailed,
+    DeviceInfo,
+    Dispatch,
+    Event,
+    ForecastCall,
+    ForecastChanged,
+    Length,
+    NodeInfo,
+    NodeJoined,
+    NodeLost,
+    Reject,
+    Residency,
+    RunEnded,
+    Scheduler,
+    SetResidency,
+    Tick,
+    WorkerChanged,
+    WorkerInfo,
+    WorkerState,
+)
+from maestro_backend.scheduler.policies import POLICIES, policy
+from maestro_backend.simulator import EngineModel, SimCall, SimRun, Simulator
+
+MODELS = ("a", "b", "c")
+
+
+@st.composite
+def sim_runs(draw: st.DrawFn) -> list[SimRun]:
+    """Up to 8 runs, each a random DAG of up to 6 calls over three models."""
+    runs = []
+    for number in range(draw(st.integers(1, 8))):
+        calls = []
+        for index in range(draw(st.integers(1, 6))):
+            after = draw(st.sets(st.integers(0, index - 1), max_size=3)) if index else set()
+            calls.append(
+                SimCall(
+                    stage=f"s{index}",
+                    model=draw(st.sampled_from(MODELS)),
+                    prompt_tokens=draw(st.integers(1, 400)),
+                    output_tokens=draw(st.integers(1, 400)),
+                    after=tuple(sorted(after)),
+                    gap_s=draw(st.sampled_from((0.0, 0.5, 30.0))),
+                )
+            )
+        at = draw(st.floats(0, 100, allow_nan=False))
+        runs.append(SimRun(f"r{number}", at, tuple(calls)))
+    return runs
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    runs=sim_runs(),
+    rule=st.sampled_from(sorted(POLICIES)),
+    fitting=st.integers(1, 3),
+    window=st.integers(1, 3),
+)
+def test_every_call_of_every_run_is_served_once_and_after_its_join(
+    runs: list[SimRun], rule: str, fitting: int, window: int
+) -> None:
+    workers = [worker(m, state=WorkerState.STOPPED, window=window) for m in MODELS]
+    cluster = node(*workers, capacity=fitting * (GIB + 1000))
+    engines = {m: EngineModel(activation_s=5) for m in MODELS}
+    core = Scheduler(policy(rule))
+    result = Simulator(core, cluster, runs, engines, validate=True).run()
+
+    starts = Counter(c.call for _, _, cs in result.log for c in cs if isinstance(c, Dispatch))
+    assert set(starts.values()) <= {1}
+    for run in runs:
+        for index, call in enumerate(run.calls):
+            times = result.calls[run.run, index]
+            assert times.started is not None and times.ended is not None
+            for before in call.after:
+                ended = result.calls[run.run, before].ended
+                assert ended is not None and ended <= times.started
+    assert core.calls.by_id == {} and core.runs == {}
+    assert all(not claim.reservations for claim in core.ledger.claims.values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(window=st.integers(1, 2), gap=st.floats(0.5, 2.0))
+def test_a_long_call_does_not_starve_under_a_flood_of_short_ones(window: int, gap: float) -> None:
+    """Offered load above capacity for ten minutes; the long call starts within its bound."""
+    short = SimCall("s", "a", 1, 30)
+    flood = [SimRun(f"short{i}", i * gap, (short,)) for i in range(int(600 / gap))]
+    long = SimRun("long", 5.0, (SimCall("s", "a", 1, 300),))
+    engine = EngineModel(activation_s=0)
+    core = Scheduler(policy("maestro"))
+    cluster = node(worker("a", window=window, kv=10**6), capacity=8 * GIB)
+    simulator = Simulator(core, cluster, [*flood, long], {"a": engine})
+    simulator.predict = lambda call: Length(call.output_tokens, call.output_tokens)
+    times = simulator.run().calls["long", 0]
+    assert times.started is not None
+    # Bound: the waiting limit, plus what had arrived before the call and ages before it.
+    service_s = engine.service_s(1, 30)
+    earlier = sum(1 for run in flood if run.at <= 5.0)
+    assert times.started - 5.0 <= 60.0 + (earlier / window + 1) * service_s + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(runs=sim_runs(), rule=st.sampled_from(sorted(POLICIES)))
+def test_a_different_future_changes_no_decision_before_it_shows(
+    runs: list[SimRun], rule: str
+) -> None:
+    """Cut the last run away: until it would start, everything is decided the same."""
+    latest = max(runs, key=lambda run: run.at)
+    decisions = []
+    for chosen in (runs, [run for run in runs if run is not latest]):
+        cluster = node(*(worker(m) for m in MODELS))
+        engines = {m: EngineModel() for m in MODELS}
+        log = Simulator(Scheduler(policy(rule)), cluster, chosen, engines).run().log
+        decisions.append([(t, e, c) for t, e, c in log if t < latest.at])
+    assert decisions[0] == decisions[1]
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Events in any order, also senseless ones; a mirror keeps the truth of each call."""
+
+    @initialize(name=st.sampled_from(sorted(POLICIES)), fitting=st.integers(1, 3))
+    def begin(self, name: str, fitting: int) -> None:
+        self.core = Scheduler(policy(name))
+        self.now = 0.0
+        self.calls = 0
+        self.queued: set[str] = set()
+        self.running: dict[str, str] = {}
+        self.ended: set[str] = set()
+        self.moves: dict[int, SetResidency] = {}
+        self.cluster = NodeInfo(
+            "n",
+            (DeviceInfo("cpu", fitting * (GIB + 1000)),),
+            tuple(worker(m, state=WorkerState.STOPPED) for m in MODELS),
+        )
+        self.alive = True
+        self.feed(NodeJoined(self.cluster))
+
+    def feed(self, event: Event) -> None:
+        self.now += 1.0
+        for command in self.core.handle(event, self.now):
+            self.obey(command)
+
+    def obey(self, command: Command) -> None:
+        match command:
+            case Dispatch(call=call, worker=where):
+                assert call in self.queued, f"{call} was not waiting"
+                self.queued.remove(call)
+                self.running[call] = where
+            case Reject(call=call):
+                assert call not in self.ended, f"{call} had ended"
+                self.queued.discard(call)
+                self.running.pop(call, None)
+                self.ended.add(call)
+            case Abort(call=call):
+                assert call in self.ended
+            case SetResidency():
+                self.moves[command.id] = command
+
+    @rule(model=st.sampled_from(MODELS), run=st.integers(0, 3), join=st.booleans())
+    def arrive(self, model: str, run: int, join: bool) -> None:
+        call = f"c{self.calls}"
+        self.calls += 1
+        self.queued.add(call)
+        waits = ("s0",) if join else ()
+        stage = "s1" if join else "s0"
+        event = CallArrived(call, f"r{run}", stage, model, Length(5, 9), 300, 1.0, waits_for=waits)
+        self.feed(event)
+
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        if self.running:
+            call = data.draw(st.sampled_from(sorted(self.running)))
+            del self.running[call]
+            self.ended.add(call)
+            self.feed(CallFinished(call, 10, 5))
+
+    @rule(data=st.data(), retryable=st.booleans())
+    def fail(self, data: st.DataObject, retryable: bool) -> None:
+        if self.running:
+            call = data.draw(st.sampled_from(sorted(self.running)))
+            del self.running[call]
+            (self.queued if retryable else self.ended).add(call)
+            self.feed(CallFailed(call, "broken", retryable))
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if live := sorted(self.queued | set(self.running)):
+            call = data.draw(st.sampled_from(live))
+            self.queued.discard(call)
+            self.running.pop(call, None)
+            self.ended.add(call)
+            self.feed(CallCancelled(call))
+
+    @rule(data=st.data())
+    def progress(self, data: st.DataObject) -> None:
+        if self.running:
+            call = data.draw(st.sampled_from(sorted(self.running)))
+            self.feed(CallProgress(call, 100, data.draw(st.integers(0, 900))))
+
+    @rule(data=st.data(), works=st.booleans())
+    def settle_move(self, data: st.DataObject, works: bool) -> None:
+        if not self.moves:
+            return
+        move = self.moves.pop(data.draw(st.sampled_from(sorted(self.moves))))
+        if not works:
+            self.feed(CommandFailed(move.id, "could not"))
+            return
+        if self.alive:
+            up = move.residency is Residency.DEVICE
+            state = WorkerState.READY if up else WorkerState.STOPPED
+            info = replace(self.info(move.model), state=state, residency=move.residency)
+            self.feed(WorkerChanged(info))
+        self.feed(CommandApplied(move.id))
+
+    @rule(model=st.sampled_from(MODELS), state=st.sampled_from(("restarting", "failed")))
+    def break_worker(self, model: str, state: str) -> None:
+        known = self.core.workers.get(f"n/{model}")
+        if known and known.state is WorkerState.READY:
+            self.feed(WorkerChanged(replace(known, state=WorkerState(state), detail="boom")))
+
+    @rule()
+    def lose_or_regain_node(self) -> None:
+        self.alive = not self.alive
+        self.moves = {}
+        self.feed(NodeJoined(self.cluster) if self.alive else NodeLost("n"))
+
+    @rule(run=st.integers(0, 3), model=st.sampled_from(MODELS), p=st.floats(0, 1))
+    def forecast(self, run: int, model: str, p: float) -> None:
+        call = ForecastCall("s1", "", model, p, 0.0, 10, Length(5, 9), 2.0)
+        self.feed(ForecastChanged(f"r{run}", (call,)))
+
+    @rule(run=st.integers(0, 3))
+    def end_run(self, run: int) -> None:
+        self.feed(RunEnded(f"r{run}"))
+
+    @rule()
+    def tick(self) -> None:
+        self.now += 20.0
+        self.feed(Tick())
+
+    def info(self, model: str) -> WorkerInfo:
+        return next(w for w in self.cluster.workers if w.model == model)
+
+    @invariant()
+    def books_balance(self) -> None:
+        if not hasattr(self, "core"):
+            return
+        self.core.validate()
+        assert set(self.core.calls.by_id) == self.queued | set(self.running)
+        placed = {c: w for w, calls in self.core.calls.running.items() for c in calls}
+        assert placed == self.running
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

@@ -1,0 +1,15 @@
+"""What a call will take: output length, KV memory, time."""
+
+from ._lengths import CLASS_DEFAULT, RoleMedians
+from ._predictor import CallOutcome, CallShape, Prediction, Predictor
+from ._rates import Rates
+
+__all__ = [
+    "CLASS_DEFAULT",
+    "CallOutcome",
+    "CallShape",
+    "Prediction",
+    "Predictor",
+    "Rates",
+    "RoleMedians",
+]

@@ -1,0 +1,75 @@
+"""The predictor: what a call will take, from role medians and learned rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maestro_backend.scheduler import Length
+
+from ._lengths import RoleMedians
+from ._rates import Rates
+
+
+@dataclass(frozen=True, slots=True)
+class CallShape:
+    """What is known of a call before it runs. `prompt_bytes` counts the messages as JSON."""
+
+    model: str
+    workflow: str = ""
+    stage: str = ""
+    role: str = ""
+    prompt_bytes: int = 0
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallOutcome:
+    """What a call took. Seconds; `first_s` None when the reply was not streamed."""
+
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int = 0
+    first_s: float | None = None
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Tokens and seconds. `kv_tokens` = prompt + 90th percentile of the output."""
+
+    prompt_tokens: int
+    length: Length
+    kv_tokens: int
+    service_s: float
+
+
+class Predictor:
+    """Predicts calls, learns from how they ended. Counts only, never text."""
+
+    def __init__(self) -> None:
+        self._lengths = RoleMedians()
+        self._rates: dict[str, Rates] = {}
+
+    def predict(self, shape: CallShape) -> Prediction:
+        rates = self._rates_of(shape.model)
+        length = self._lengths.predict(shape.workflow, shape.stage, shape.role, shape.max_tokens)
+        prompt_tokens = rates.prompt_tokens(shape.prompt_bytes)
+        return Prediction(
+            prompt_tokens=prompt_tokens,
+            length=length,
+            kv_tokens=prompt_tokens + int(length.p90),
+            service_s=rates.service_s(prompt_tokens, length.p50),
+        )
+
+    def learn(self, shape: CallShape, outcome: CallOutcome) -> None:
+        rates = self._rates_of(shape.model)
+        rates.learn_prompt(shape.prompt_bytes, outcome.prompt_tokens)
+        if outcome.first_s is not None:
+            uncached = outcome.prompt_tokens - outcome.cached_tokens
+            decode_s = outcome.total_s - outcome.first_s
+            rates.learn_speed(uncached, outcome.first_s, outcome.output_tokens, decode_s)
+        if outcome.output_tokens > 0:
+            self._lengths.learn(shape.workflow, shape.stage, shape.role, outcome.output_tokens)
+
+    def _rates_of(self, model: str) -> Rates:
+        return self._rates.setdefault(model, Rates())

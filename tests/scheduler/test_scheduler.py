@@ -106,7 +106,8 @@ def test_a_worker_that_broke_a_call_rests_until_its_node_speaks_or_time_passes()
     assert core.handle(Tick(), 4.9) == []
     assert dispatched(core.handle(Tick(), 5.0)) == ["a"]
     assert core.handle(CallFailed("a", "reset", retryable=True), 6.0) == []
-    assert dispatched(core.handle(WorkerChanged(worker()), 6.1)) == ["a"]
+    assert core.handle(Tick(), 9.9) == [], "twice as long the second time"
+    assert dispatched(core.handle(WorkerChanged(worker()), 9.9)) == ["a"]
 
 
 def test_a_call_that_failed_after_its_first_byte_is_not_retried() -> None:

@@ -24,13 +24,14 @@ class Settings:
     """Bounds of the scheduler; times in seconds. All values are ours."""
 
     max_queued: int = 10_000
-    max_attempts: int = 3
+    max_attempts: int = 5
     patience_s: float = 15.0
     """A waiting call drains another model's worker only after this long."""
     failure_pause_s: float = 30.0
     """A model that could not be brought in is not tried again before this."""
-    suspect_s: float = 2.0
-    """A worker that broke a call gets no other for this long, unless its node says more."""
+    suspect_s: float = 0.5
+    """A worker that broke a call gets no other for this long, doubled with each further try of
+    the call, unless its node says more: time for the node to notice a death."""
     run_idle_s: float = 3600.0
     """A run without calls or events for this long is forgotten."""
 
@@ -171,7 +172,8 @@ class Scheduler:
         if call is None or call.worker is None:
             return
         if event.retryable:
-            self._suspects[call.worker] = now + self.settings.suspect_s
+            rest_s = self.settings.suspect_s * 2 ** (call.attempts - 1)
+            self._suspects[call.worker] = now + rest_s
         if not event.retryable:
             self._end(call, now)
         elif call.attempts >= self.settings.max_attempts:

@@ -69,7 +69,7 @@ class WorkflowBook:
         if stage is None:
             return events, None
         lead_s = run.meet(stage, now)
-        run.begin(stage)
+        self._begin(run, stage)
         run.calling[stage] += 1
         run.calls_since_start[stage] += 1
         self._note(run, stage, shape)
@@ -111,7 +111,7 @@ class WorkflowBook:
         run.events_seen = True
         match event:
             case StageStarted():
-                run.begin(event.stage)
+                self._begin(run, event.stage)
                 run.executing[event.stage] += 1
                 yield core.StageStarted(name, event.stage, event.instance)
             case StageEnded():
@@ -130,6 +130,14 @@ class WorkflowBook:
                 yield core.RunEnded(name)
         if run.ended is None:
             yield from self._forecast(run, now)
+
+    def _begin(self, run: Run, stage: str) -> None:
+        """A stage begins. If nothing led there, the run has jumped: nothing else is pending."""
+        if stage not in {e.stage for e in run.starts(self._graph(run), self._transitions)}:
+            for skipped in run.pending if not run.events_seen else ():
+                self._memory.facts(run.workflow, skipped).silent += 1
+            run.pending.clear()
+        run.begin(stage)
 
     def _stage_ended(self, run: Run, event: StageEnded) -> None:
         stage = event.stage
@@ -201,7 +209,7 @@ class WorkflowBook:
         return [Expected(target, p) for target, p in chances.items()]
 
     def _forecast(self, run: Run, now: float) -> Iterator[core.Event]:
-        workflow = self.workflows.get(run.workflow) or _from_announcements(run)
+        workflow = self._graph(run)
         starts = run.starts(workflow, self._transitions)
         calls = forecast(
             workflow, starts, self._transitions, lambda stage: self._expected_call(run, stage)
@@ -210,6 +218,9 @@ class WorkflowBook:
         run.believe(calls, now)
         if calls != before:
             yield core.ForecastChanged(run.run, calls)
+
+    def _graph(self, run: Run) -> Workflow:
+        return self.workflows.get(run.workflow) or _from_announcements(run)
 
     def _expected_call(self, run: Run, stage: Stage) -> core.ForecastCall | None:
         if not self._memory.makes_calls(run.workflow, stage):

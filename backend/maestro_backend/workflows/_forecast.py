@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from maestro_agents.protocol import END, Stage, Workflow
 from maestro_backend.scheduler import ForecastCall
@@ -45,40 +45,53 @@ def forecast(
     reached over several paths has the largest of their probabilities; a join starts after its
     slowest source. Seconds count from the end of what runs now.
     """
-    best: dict[str, tuple[float, float]] = {}
-    agenda = [(-e.probability, 0.0, e.stage) for e in starts]
+    starts = list(starts)
+    chances = _probabilities(workflow, starts, transitions)
+    calls = {stage: predict(workflow.stage_by_path[stage]) for stage in chances}
+    service = {stage: call.service_s if call else 0.0 for stage, call in calls.items()}
+    begins = _start_times(workflow, [e.stage for e in starts], transitions, service)
+    expected = [
+        replace(call, probability=chances[stage], earliest_start_s=begins[stage])
+        for stage, call in calls.items()
+        if call is not None
+    ]
+    return tuple(sorted(expected, key=lambda call: (call.earliest_start_s, call.stage)))
+
+
+def _probabilities(
+    workflow: Workflow, starts: list[Expected], transitions: Transitions
+) -> dict[str, float]:
+    """The most likely path to each stage that can be reached with at least 5%."""
+    best: dict[str, float] = {}
+    agenda = [(-e.probability, e.stage) for e in starts]
     heapq.heapify(agenda)
     while agenda:
-        negative, at, stage = heapq.heappop(agenda)
-        known = best.get(stage)
-        if known is not None or -negative < _FLOOR or stage not in workflow.stage_by_path:
-            if known is not None and workflow.join_sources(stage):
-                best[stage] = (known[0], max(known[1], at))
+        negative, stage = heapq.heappop(agenda)
+        if stage in best or -negative < _FLOOR or stage not in workflow.stage_by_path:
             continue
-        best[stage] = (-negative, at)
-        call = predict(workflow.stage_by_path[stage])
-        end = at + (call.service_s if call else 0.0)
+        best[stage] = -negative
         for following in next_stages(workflow, stage, transitions, None):
-            heapq.heappush(agenda, (negative * following.probability, end, following.stage))
-    return _calls(workflow, best, predict)
+            heapq.heappush(agenda, (negative * following.probability, following.stage))
+    return best
 
 
-def _calls(
-    workflow: Workflow, best: dict[str, tuple[float, float]], predict: Predict
-) -> tuple[ForecastCall, ...]:
-    calls = []
-    for stage, (probability, at) in sorted(best.items(), key=lambda item: (item[1][1], item[0])):
-        if call := predict(workflow.stage_by_path[stage]):
-            calls.append(
-                ForecastCall(
-                    stage=call.stage,
-                    role=call.role,
-                    model=call.model,
-                    probability=probability,
-                    earliest_start_s=at,
-                    prompt_tokens=call.prompt_tokens,
-                    length=call.length,
-                    service_s=call.service_s,
-                )
-            )
-    return tuple(calls)
+def _start_times(
+    workflow: Workflow, starts: list[str], transitions: Transitions, service: dict[str, float]
+) -> dict[str, float]:
+    """When each stage of `service` could start: after its first cause, a join after its last."""
+    open_sources = {s: {j for j in workflow.join_sources(s) if j in service} for s in service}
+    begins: dict[str, float] = {}
+    agenda = [(0.0, stage, "") for stage in starts]
+    heapq.heapify(agenda)
+    while agenda:
+        at, stage, cause = heapq.heappop(agenda)
+        if stage in begins or stage not in service:
+            continue
+        open_sources[stage].discard(cause)
+        if open_sources[stage] and agenda:  # with nothing else left, a loop holds the join open
+            continue
+        begins[stage] = at
+        for following in next_stages(workflow, stage, transitions, None):
+            heapq.heappush(agenda, (at + service[stage], following.stage, stage))
+    last = max(begins.values(), default=0.0)
+    return {stage: begins.get(stage, last) for stage in service}

@@ -1,0 +1,179 @@
+"""`maestro`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from maestro_agents.protocol import ConfigError, MaestroError
+from maestro_backend._tied import tie_to_parent
+from maestro_backend.config import Config
+from maestro_backend.defaults import default_config, default_engine, with_engine
+from maestro_backend.gateway import serving
+from maestro_backend.node import LocalNode
+from maestro_backend.recording import replay
+
+ENGINES = ("auto", "vllm", "vllm-cpu", "stub")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. 0 is success, 2 a mistake of the user's, 130 Ctrl-C."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    command: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return command(options)
+    except MaestroError as error:
+        sys.stderr.write(f"maestro: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="maestro", description="Serving for multi-agent LLM apps."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve models behind one OpenAI-compatible address")
+    serve.add_argument("--config", type=Path, help="YAML file; default: two small built-in models")
+    serve.add_argument("--engine", choices=ENGINES, help="run every model on this engine")
+    serve.add_argument("--host", help="address to listen on (127.0.0.1)")
+    serve.add_argument("--port", type=int, help="port to listen on (8000); 0 takes a free one")
+    serve.add_argument("--policy", choices=("fcfs", "maestro"), help="order of calls (maestro)")
+    serve.add_argument("--record", type=Path, metavar="FILE", help="write the flight recorder here")
+    serve.add_argument("--tied", action="store_true", help="stop when the parent process dies")
+    serve.set_defaults(run=_serve)
+
+    demo = commands.add_parser("demo", help="run the research team on two real models")
+    demo.add_argument("--engine", choices=ENGINES, help="default: real vLLM where it is installed")
+    demo.add_argument("--question", default="How does an LLM server share its memory?")
+    demo.add_argument("--json", action="store_true", help="end with one line of JSON on stdout")
+    demo.set_defaults(run=_demo)
+
+    status = commands.add_parser("status", help="show a running server's workers and calls")
+    status.add_argument("--url", help="default: $MAESTRO_BASE_URL or http://127.0.0.1:8000/v1")
+    status.set_defaults(run=_status)
+
+    again = commands.add_parser("replay", help="check a recording against this version's decisions")
+    again.add_argument("file", type=Path)
+    again.set_defaults(run=_replay)
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    if options.tied:
+        tie_to_parent()
+    if options.config is None:
+        config = default_config(options.engine or default_engine())
+    else:
+        config = with_engine(Config.load(options.config), options.engine)
+    if options.policy:
+        config = config.model_copy(update={"policy": options.policy})
+    return run_until_signal(lambda stop: _serve_until(config, options, stop))
+
+
+async def _serve_until(config: Config, options: argparse.Namespace, stop: asyncio.Event) -> int:
+    host, port = options.host or config.listen.host, options.port
+    port = config.listen.port if port is None else port
+    key = os.environ.get("MAESTRO_API_KEY")
+    async with (
+        LocalNode(config) as node,
+        serving(
+            config, node, host=host, port=port, api_key=key, recording=options.record
+        ) as served,
+    ):
+        _say(f"maestro: listening on {served.url} (models: {', '.join(config.models)})")
+        telling = asyncio.create_task(_tell_workers(served.shell.feed.listen()))
+        await stop.wait()
+        telling.cancel()
+        _say("maestro: stopping; open calls get 5 seconds")
+    _say("maestro: stopped")
+    return 0
+
+
+async def _tell_workers(changes: Any) -> None:
+    async for change in changes:
+        if change["type"] == "worker":
+            detail = f": {change['detail']}" if change["detail"] else ""
+            _say(f"maestro: {change['model']} is {change['state'].value}{detail}")
+
+
+def run_until_signal(work: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
+    """Run `work` on an event loop; SIGINT and SIGTERM set the event it is given."""
+
+    async def run() -> int:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(name, stop.set)
+        task = asyncio.ensure_future(work(stop))
+        stopped = asyncio.ensure_future(stop.wait())
+        await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        return await task
+
+    return asyncio.run(run())
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from maestro_backend.demo import run_demo
+
+    return run_until_signal(
+        lambda stop: run_demo(options.question, options.engine, stop, json_line=options.json)
+    )
+
+
+def _status(options: argparse.Namespace) -> int:
+    url = options.url or os.environ.get("MAESTRO_BASE_URL") or "http://127.0.0.1:8000/v1"
+    key = os.environ.get("MAESTRO_API_KEY")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        reply = httpx.get(f"{url.rstrip('/')}/maestro/state", headers=headers, timeout=5)
+    except httpx.TransportError as error:
+        raise ConfigError(
+            f"no server answers at {url} ({error}): is `maestro serve` on?"
+        ) from error
+    if reply.status_code != 200:
+        raise ConfigError(f"{url} answered {reply.status_code}: {reply.text[:200]}")
+    state = reply.json()
+    for w in state["workers"]:
+        _out(f"{w['model']:<20} {w['state']:<10} {w['residency']:<7} {w['detail']}")
+    live, open_runs = len(state["calls"]), len(state["runs"])
+    _out(f"{live} live calls, {state['ended_calls']} ended, {open_runs} open runs")
+    for call in state["calls"]:
+        _out(json.dumps(call))
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    if not options.file.is_file():
+        raise ConfigError(f"there is no file {options.file}")
+    count, divergence = replay(options.file)
+    if divergence is None:
+        _out(f"{count} events, every decision the same")
+        return 0
+    _out(f"line {divergence.line} differs after {count} events")
+    _out(f"  recorded: {json.dumps(divergence.recorded)}")
+    _out(f"  replayed: {json.dumps(divergence.replayed)}")
+    return 1
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _out(line: str) -> None:
+    sys.stdout.write(line + "\n")

@@ -1,0 +1,107 @@
+"""The control routes: workflows, run events, run views, state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from maestro_agents.protocol import MAX_WORKFLOW_BYTES, PROTOCOL_VERSION, RunEvents, Workflow
+
+from ._errors import ApiError, invalid
+from ._records import ENDED, run_view
+from ._shell import Shell
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+class Control:
+    """Handlers of `/v1/maestro/...`."""
+
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
+
+    async def put_workflow(self, request: Request) -> Response:
+        """`PUT /v1/maestro/workflows/{id}`; the id must be the content's own `name@hash`."""
+        workflow = _parse(Workflow, await _body(request))
+        wanted = request.path_params["id"]
+        if wanted != workflow.id:
+            raise invalid(f"the content's id is {workflow.id!r}, the URL says {wanted!r}", "id")
+        self._shell.book.put(workflow)
+        return JSONResponse({"id": workflow.id})
+
+    async def post_events(self, request: Request) -> Response:
+        """`POST /v1/maestro/runs/{run}/events`. Says whether the run's workflow is known."""
+        run = request.path_params["run"]
+        events = _parse(RunEvents, await _body(request)).events
+        self._shell.run_events(run, events)
+        state = self._shell.book.runs.get(run)
+        known = state is None or not state.workflow or state.workflow in self._shell.book.workflows
+        headers = {} if known else {"x-maestro-workflow": "unknown"}
+        return JSONResponse({"accepted": len(events)}, headers=headers)
+
+    async def get_run(self, request: Request) -> Response:
+        """`GET /v1/maestro/runs/{run}`."""
+        name = request.path_params["run"]
+        run = self._shell.book.runs.get(name)
+        if run is None:
+            raise ApiError(404, f"no run {name!r} is known here", code="run_not_found")
+        return JSONResponse(run_view(run, self._shell.records.of_run(name)))
+
+    async def get_state(self, request: Request) -> Response:
+        """`GET /v1/maestro/state`, or its changes as server-sent events if the client asks."""
+        if "text/event-stream" in request.headers.get("accept", ""):
+            return StreamingResponse(self._changes(), media_type="text/event-stream")
+        return JSONResponse(self.state())
+
+    def state(self) -> dict[str, Any]:
+        """Everything now: workers, devices, live calls, open runs. Bytes and seconds."""
+        shell, core = self._shell, self._shell.scheduler
+        return {
+            "version": PROTOCOL_VERSION,
+            "policy": core.policy.name,
+            "now": shell.now(),
+            "workers": [asdict(w) for w in core.workers.values()],
+            "devices": {
+                d: {"capacity": c, "free": core.ledger.free(d)}
+                for d, c in core.ledger.capacity.items()
+            },
+            "calls": [asdict(r) for r in shell.records.live()],
+            "ended_calls": sum(r.status in ENDED for r in shell.records.calls.values()),
+            "runs": [
+                {"run": r.run, "workflow": r.workflow, "started": r.started}
+                for r in shell.book.runs.values()
+                if r.ended is None
+            ],
+        }
+
+    async def _changes(self) -> AsyncIterator[bytes]:
+        listener = self._shell.feed.listen()
+        yield _event({"type": "state", **self.state()})
+        async for change in listener:
+            yield _event(change)
+
+
+def _event(change: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(change).encode() + b"\n\n"
+
+
+async def _body(request: Request) -> bytes:
+    body = await request.body()
+    if len(body) > MAX_WORKFLOW_BYTES:
+        raise ApiError(413, f"the body is larger than {MAX_WORKFLOW_BYTES:,} bytes")
+    return body
+
+
+def _parse(model: type[_M], body: bytes) -> _M:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        raise invalid(f"{where}: {first['msg']}", where) from error

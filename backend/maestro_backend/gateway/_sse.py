@@ -1,0 +1,67 @@
+"""Reading along a server-sent stream without parsing its tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts as the engine reports them."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+
+    @classmethod
+    def of(cls, body: object) -> Usage | None:
+        """From the `usage` object of a reply; None if there is none."""
+        usage = body.get("usage") if isinstance(body, dict) else None
+        if not isinstance(usage, dict):
+            return None
+        details = usage.get("prompt_tokens_details") or {}
+        return cls(
+            usage.get("prompt_tokens") or 0,
+            usage.get("completion_tokens") or 0,
+            details.get("cached_tokens") or 0,
+        )
+
+
+class StreamReader:
+    """Takes the engine's bytes, gives the client's; picks up usage on the way.
+
+    We always ask the engine for the usage event; a client that did not ask never sees it. Bytes of
+    all other events pass unchanged.
+    """
+
+    def __init__(self, *, forward_usage: bool) -> None:
+        self.usage: Usage | None = None
+        self.events = 0
+        self.done = False
+        self._forward_usage = forward_usage
+        self._rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Complete events to send on; an unfinished one waits for its end."""
+        *events, self._rest = (self._rest + data).split(b"\n\n")
+        return b"".join(event + b"\n\n" for event in events if self._take(event))
+
+    def flush(self) -> bytes:
+        """What is left when the engine has closed the stream."""
+        rest, self._rest = self._rest, b""
+        return rest
+
+    def _take(self, event: bytes) -> bool:
+        """Whether the client gets this event."""
+        if b'"usage"' in event and _NO_CHOICES.search(event):
+            self.usage = Usage.of(json.loads(event.removeprefix(b"data: "))) or self.usage
+            return self._forward_usage
+        if event.startswith(b"data: [DONE]"):
+            self.done = True
+        else:
+            self.events += 1
+        return True

@@ -1,0 +1,58 @@
+"""Bytes between the gateway and the workers' unix sockets."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+
+_HEADERS = {"content-type": "application/json"}
+
+
+class WorkerLost(Exception):
+    """The worker broke the connection, or answered 5xx: another try may help."""
+
+
+class Upstream:
+    """One connection pool per worker socket. No read timeout: a call may decode for minutes."""
+
+    def __init__(self) -> None:
+        self._clients: dict[str, httpx.AsyncClient] = {}
+
+    @asynccontextmanager
+    async def post(
+        self, address: str, path: str, body: bytes, call: str
+    ) -> AsyncIterator[httpx.Response]:
+        """Open a request; leaving the block early closes it, which aborts it in the engine.
+
+        Raises:
+            WorkerLost: no connection, or a 5xx answer.
+        """
+        headers = {**_HEADERS, "x-request-id": call}
+        client = self._client(address)
+        try:
+            async with client.stream("POST", path, content=body, headers=headers) as response:
+                if response.status_code >= 500:
+                    text = (await response.aread()).decode(errors="replace")
+                    raise WorkerLost(f"HTTP {response.status_code}: {text[:300]}")
+                yield response
+        except httpx.TransportError as error:
+            raise WorkerLost(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+
+    def _client(self, address: str) -> httpx.AsyncClient:
+        if address not in self._clients:
+            self._clients[address] = httpx.AsyncClient(
+                transport=httpx.AsyncHTTPTransport(uds=address, limits=_LIMITS),
+                base_url="http://worker",
+                timeout=httpx.Timeout(None, connect=5.0),
+            )
+        return self._clients[address]
+
+    async def close(self) -> None:
+        for client in self._clients.values():
+            await client.aclose()
+        self._clients.clear()
+
+
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=64)

@@ -1,0 +1,72 @@
+"""Predictions before and after learning."""
+
+from __future__ import annotations
+
+import pytest
+
+from maestro_backend.predictor import CLASS_DEFAULT, CallOutcome, CallShape, Predictor
+
+SHAPE = CallShape("m", "w@1", "write", "writer", prompt_bytes=400)
+
+
+def test_before_anything_is_known_the_class_default_holds() -> None:
+    prediction = Predictor().predict(SHAPE)
+    assert prediction.length == CLASS_DEFAULT
+    assert prediction.prompt_tokens == 100
+    assert prediction.kv_tokens == 100 + 512
+
+
+def test_max_tokens_caps_every_quantile() -> None:
+    prediction = Predictor().predict(CallShape("m", max_tokens=64))
+    assert (prediction.length.p50, prediction.length.p90) == (64, 64)
+
+
+def test_the_stage_is_predicted_by_its_own_median() -> None:
+    predictor = Predictor()
+    for tokens in (10, 20, 30, 40, 500):
+        predictor.learn(SHAPE, CallOutcome(100, tokens))
+    length = predictor.predict(SHAPE).length
+    assert length.p50 == 30
+    assert 40 < length.p90 <= 500
+
+
+def test_an_unseen_stage_falls_back_to_its_role_and_an_unseen_role_to_the_default() -> None:
+    predictor = Predictor()
+    predictor.learn(SHAPE, CallOutcome(100, 77))
+    other = CallShape("m", "other@1", "draft", "writer")
+    assert predictor.predict(other).length.p50 == 77
+    stranger = CallShape("m", "other@1", "draft", "judge")
+    assert predictor.predict(stranger).length == CLASS_DEFAULT
+
+
+def test_old_lengths_are_forgotten() -> None:
+    predictor = Predictor()
+    for tokens in [1000] * 64 + [10] * 64:
+        predictor.learn(SHAPE, CallOutcome(100, tokens))
+    assert predictor.predict(SHAPE).length.p50 == 10
+
+
+def test_bytes_per_token_and_speed_are_learned_per_model() -> None:
+    predictor = Predictor()
+    outcome = CallOutcome(200, 41, first_s=0.1, total_s=4.1)  # 2 bytes a token, 10 tokens/s
+    for _ in range(60):
+        predictor.learn(SHAPE, outcome)
+    prediction = predictor.predict(SHAPE)
+    assert prediction.prompt_tokens == pytest.approx(200, rel=0.01)
+    assert prediction.service_s == pytest.approx(200 / 2000 + 41 / 10, rel=0.02)
+    assert predictor.predict(CallShape("other", prompt_bytes=400)).prompt_tokens == 100
+
+
+def test_cached_tokens_do_not_make_prefill_look_fast() -> None:
+    predictor = Predictor()
+    outcome = CallOutcome(1000, 2, cached_tokens=900, first_s=1.0, total_s=1.1)
+    for _ in range(60):
+        predictor.learn(CallShape("m", prompt_bytes=4000), outcome)
+    # 100 uncached tokens in one second.
+    assert predictor.predict(CallShape("m", prompt_bytes=4000, max_tokens=1)).service_s > 9
+
+
+def test_an_empty_reply_teaches_no_length() -> None:
+    predictor = Predictor()
+    predictor.learn(SHAPE, CallOutcome(0, 0))
+    assert predictor.predict(SHAPE).length == CLASS_DEFAULT

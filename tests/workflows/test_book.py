@@ -56,8 +56,10 @@ class Story:
         self.book.run_event(run, StageStarted(stage=stage), at)
 
     def leave(self, stage: str, at: float, *chosen: str, run: str = "r") -> None:
-        following = tuple(Successor(stage=s, certain=True) for s in chosen) if chosen else None
-        self.book.run_event(run, StageEnded(stage=stage, next=following), at)
+        """`chosen`: what routing chose; END alone is an empty choice on the wire."""
+        following = tuple(Successor(stage=s, certain=True) for s in chosen if s != END)
+        event = StageEnded(stage=stage, next=following if chosen else None)
+        self.book.run_event(run, event, at)
 
     def call(
         self, stage: str, at: float, run: str = "r", announcement: Announcement | None = None

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from maestro_agents.protocol import (
+    END,
     START,
     Announcement,
     CallIdentity,
@@ -158,9 +159,9 @@ class WorkflowBook:
     def _learn_route(self, run: Run, stage: str, chosen: list[Expected]) -> None:
         workflow = self.workflows.get(run.workflow)
         candidates = workflow.successors(stage).candidates if workflow else ()
-        for item in chosen:
-            if item.stage in candidates:
-                self._transitions.learn(run.workflow, stage, item.stage)
+        for target in [e.stage for e in chosen] or [END]:
+            if target in candidates:
+                self._transitions.learn(run.workflow, stage, target)
 
     # --- forecasts ------------------------------------------------------------------------------
 

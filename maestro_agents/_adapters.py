@@ -1,0 +1,70 @@
+"""Finds the adapter that can read an object, among the entry points of this package's group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Final, Protocol, TypeVar
+
+from .protocol import Slo, UnsupportedError
+
+T = TypeVar("T")
+
+GROUP: Final = "maestro_agents.adapters"
+
+EXTRAS: Final = {"langgraph": "LangGraph graphs"}
+"""The extras of this distribution that bring an adapter, and what each reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The arguments of `workflow()`, validated. `roles` maps a stage or node name to its role."""
+
+    name: str | None = None
+    slo: Slo = field(default_factory=Slo)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    tenant: str | None = None
+
+
+class Adapter(Protocol):
+    """What an entry point names: it reads the objects of one framework."""
+
+    def handles(self, obj: object) -> bool:
+        """Whether `wrap` can take `obj`. Must be quick, and not import the framework."""
+
+    def wrap(self, obj: T, options: Options, default_name: str | None = None) -> T:
+        """A copy of `obj`, of the same type, whose runs Maestro follows.
+
+        Raises:
+            ConfigError: an option does not fit `obj`.
+            UnsupportedError: `obj` cannot be described on the wire.
+        """
+
+
+def find_adapter(obj: object) -> Adapter | None:
+    """The first adapter that handles `obj`."""
+    return next((adapter for adapter in _adapters() if adapter.handles(obj)), None)
+
+
+def unsupported(obj: object) -> UnsupportedError:
+    """The error for an object that no adapter handles; names the extras that could."""
+    kind = f"{type(obj).__module__}.{type(obj).__qualname__}"
+    known = ", ".join(
+        f'{what} (pip install "maestro-mas[{extra}]")' for extra, what in EXTRAS.items()
+    )
+    return UnsupportedError(f"workflow() cannot read a {kind}; it reads {known}")
+
+
+@cache
+def _adapters() -> tuple[Adapter, ...]:
+    return tuple(_load())
+
+
+def _load() -> Iterator[Adapter]:
+    seen = set()
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        if entry.name not in seen:
+            seen.add(entry.name)
+            yield entry.load()

@@ -1,0 +1,153 @@
+"""`agent` and `workflow`: the two words an app needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from inspect import iscoroutinefunction, isroutine
+from typing import Any, Final, TypeVar, cast, overload
+
+from pydantic import ValidationError
+
+from . import _openai_hook
+from ._adapters import Options, find_adapter, unsupported
+from ._settings import settings
+from .protocol import ConfigError, Slo
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+AGENT_ATTRIBUTE: Final = "__maestro_agent__"
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """What `@agent` says about a function."""
+
+    role: str
+    model: str | None = None
+
+
+def agent(*, role: str, model: str | None = None) -> Callable[[F], F]:
+    """Say which role a node's function plays, and which model it calls where that is fixed.
+
+    The decorator only marks the function: the very same object comes back.
+
+    Raises:
+        ConfigError: `role` or `model` is empty.
+    """
+    if not role or model == "":
+        raise ConfigError('@agent needs words: @agent(role="planner")')
+
+    def mark(function: F) -> F:
+        setattr(function, AGENT_ATTRIBUTE, Agent(role, model))
+        return function
+
+    return mark
+
+
+def agent_of(function: object) -> Agent | None:
+    """What `@agent` said about `function`, or None."""
+    found = getattr(function, AGENT_ATTRIBUTE, None)
+    return found if isinstance(found, Agent) else None
+
+
+@overload
+def workflow(
+    obj: T,
+    *,
+    name: str | None = None,
+    slo: str = "standard",
+    deadline: float | None = None,
+    roles: Mapping[str, str] | None = None,
+    tenant: str | None = None,
+) -> T: ...
+
+
+@overload
+def workflow(
+    obj: None = None,
+    *,
+    name: str | None = None,
+    slo: str = "standard",
+    deadline: float | None = None,
+    roles: Mapping[str, str] | None = None,
+    tenant: str | None = None,
+) -> Callable[[T], T]: ...
+
+
+def workflow(
+    obj: Any = None,
+    *,
+    name: str | None = None,
+    slo: str = "standard",
+    deadline: float | None = None,
+    roles: Mapping[str, str] | None = None,
+    tenant: str | None = None,
+) -> Any:
+    """Let Maestro follow the runs of a graph, or of every graph that a factory returns.
+
+        graph = workflow(builder.compile(), slo="interactive", deadline=20)
+
+        @workflow(slo="batch")
+        def make_graph(): ...
+
+    Args:
+        obj: a compiled graph, or a function (plain or async) that returns one.
+        name: the workflow's name; by default the graph's own, else the factory's.
+        slo: the service-level class: `interactive`, `standard`, `batch` or the operator's own.
+        deadline: seconds from a run's start to its end; the class caps it.
+        roles: role by stage path or node name; wins over `@agent`.
+        tenant: on whose account the runs go.
+
+    Returns:
+        A copy of the same type. Calls are annotated only on their way to MAESTRO_BASE_URL; while
+        that is unset, the graph behaves exactly as before.
+
+    Raises:
+        ConfigError: an argument or a MAESTRO_ variable is wrong; the message names the fix.
+        UnsupportedError: no installed adapter can read `obj`; the message names the extra.
+    """
+    settings()
+    options = Options(name, _slo(slo, deadline), dict(roles or {}), tenant)
+    if obj is None:
+        return lambda decorated: _wrap(decorated, options)
+    return _wrap(obj, options)
+
+
+def _wrap(obj: Any, options: Options, default_name: str | None = None) -> Any:
+    if adapter := find_adapter(obj):
+        _openai_hook.install()
+        return adapter.wrap(obj, options, default_name)
+    if isroutine(obj) and default_name is None:
+        return _wrap_factory(obj, options)
+    raise unsupported(obj)
+
+
+def _wrap_factory(factory: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    default_name = factory.__name__.strip("<>")
+
+    if iscoroutinefunction(factory):
+
+        @wraps(factory)
+        async def make_async(*args: Any, **kwargs: Any) -> Any:
+            return _wrap(await factory(*args, **kwargs), options, default_name)
+
+        return make_async
+
+    @wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        return _wrap(factory(*args, **kwargs), options, default_name)
+
+    return make
+
+
+def _slo(name: str, deadline: float | None) -> Slo:
+    try:
+        return Slo(**cast(Any, {"class": name, "deadline_s": deadline}))
+    except ValidationError as error:
+        raise ConfigError(
+            f"slo={name!r}, deadline={deadline!r}: slo is a class name such as 'interactive', "
+            "deadline is a number of seconds between 0 and a week"
+        ) from error

@@ -1,0 +1,20 @@
+from collections.abc import Iterator
+
+import pytest
+from sdk.recording_backend import RecordingBackend
+
+from maestro_agents import _log
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MAESTRO_BASE_URL", "MAESTRO_API_KEY", "MAESTRO_ENABLED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(_log, "_seen", set())
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingBackend]:
+    with RecordingBackend() as backend:
+        monkeypatch.setenv("MAESTRO_BASE_URL", backend.base_url)
+        yield backend

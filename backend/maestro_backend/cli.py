@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import uvloop
 
 from maestro_agents.protocol import ConfigError, MaestroError
 from maestro_backend._tied import tie_to_parent
 from maestro_backend.config import Config
 from maestro_backend.defaults import default_config, default_engine, with_engine
-from maestro_backend.gateway import serving
+from maestro_backend.gateway import Feed, serving
 from maestro_backend.node import LocalNode
 from maestro_backend.recording import replay
 
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `maestro ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +99,7 @@ async def _serve_until(config: Config, options: argparse.Namespace, stop: asynci
         ) as served,
     ):
         _say(f"maestro: listening on {served.url} (models: {', '.join(config.models)})")
-        telling = asyncio.create_task(_tell_workers(served.shell.feed.listen()))
+        telling = asyncio.create_task(_tell_workers(served.shell.feed))
         await stop.wait()
         telling.cancel()
         _say("maestro: stopping; open calls get 5 seconds")
@@ -103,11 +107,12 @@ async def _serve_until(config: Config, options: argparse.Namespace, stop: asynci
     return 0
 
 
-async def _tell_workers(changes: Any) -> None:
-    async for change in changes:
-        if change["type"] == "worker":
-            detail = f": {change['detail']}" if change["detail"] else ""
-            _say(f"maestro: {change['model']} is {change['state'].value}{detail}")
+async def _tell_workers(feed: Feed) -> None:
+    with feed.listening() as changes:
+        async for change in changes:
+            if change["type"] == "worker":
+                detail = f": {change['detail']}" if change["detail"] else ""
+                _say(f"maestro: {change['model']} is {change['state'].value}{detail}")
 
 
 def run_until_signal(work: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
@@ -124,7 +129,8 @@ def run_until_signal(work: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) 
         stopped.cancel()
         return await task
 
-    return asyncio.run(run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ from maestro_backend.scheduler import (
     Scheduler,
     SetResidency,
     Settings,
+    StageEnded,
     Tick,
     WorkerChanged,
     WorkerState,
@@ -207,6 +208,15 @@ def test_an_ended_run_is_forgotten_with_its_last_call() -> None:
     core.handle(RunEnded("r"), 2.0)
     assert "r" in core.runs
     core.handle(CallFinished("a"), 3.0)
+    assert core.runs == {}
+
+
+def test_an_event_after_the_end_brings_no_run_back() -> None:
+    core = scheduler(worker())
+    core.handle(RunStarted("r"), 0.0)
+    core.handle(RunEnded("r"), 2.0)
+    for late in (StageEnded("r", "s"), RunPaused("r"), RunResumed("r")):
+        core.handle(late, 3.0)
     assert core.runs == {}
 
 

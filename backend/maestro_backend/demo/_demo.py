@@ -94,27 +94,26 @@ class Demo:
     async def _telling(self, shell: Shell, lines: Lines) -> AsyncIterator[None]:
         """Print changes while the block runs."""
 
-        async def tell() -> None:
-            last: dict[str, str] = {}
-            async for change in shell.feed.listen():
-                line = None
-                if change["type"] == "worker":
-                    line = lines.worker(change, shell.now())
-                    repeated = last.get(change["model"]) == line[8:]
-                    last[change["model"]] = line[8:]
-                    line = None if repeated else line
-                elif change["type"] == "call":
-                    line = lines.call(change, shell.now())
-                if line:
-                    self._say(line)
+        with shell.feed.listening() as changes:
+            task = asyncio.create_task(self._tell(shell, lines, changes))
+            try:
+                yield
+            finally:
+                await asyncio.sleep(0)  # let what is published come out
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
-        task = asyncio.create_task(tell())
-        try:
-            yield
-        finally:
-            await asyncio.sleep(0)  # let what is published come out
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+    async def _tell(
+        self, shell: Shell, lines: Lines, changes: AsyncIterator[dict[str, Any]]
+    ) -> None:
+        async for change in changes:
+            line = None
+            if change["type"] == "worker":
+                line = lines.worker(change, shell.now())
+            elif change["type"] == "call":
+                line = lines.call(change, shell.now())
+            if line:
+                self._say(line)
 
     async def _until_ready(self, shell: Shell) -> None:
         """Wait for both models.

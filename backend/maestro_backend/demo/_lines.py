@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from maestro_backend.gateway import CallRecord, CallStatus
@@ -16,12 +16,17 @@ class Lines:
     """Turns changes of the gateway's feed into lines; `zero` is the time of the first, seconds."""
 
     zero: float
+    _last: dict[str, str] = field(default_factory=dict)
 
-    def worker(self, change: dict[str, Any], now: float) -> str:
+    def worker(self, change: dict[str, Any], now: float) -> str | None:
+        """None if it says what the line before it said of this model."""
         state = WorkerState(change["state"])
-        detail = change["detail"] or state.value
-        text = "ready" if state is WorkerState.READY else detail
-        return f"{now - self.zero:5.1f}s  {change['model']:<14} {text}"
+        text = "ready" if state is WorkerState.READY else change["detail"] or state.value
+        model = change["model"]
+        if self._last.get(model) == text:
+            return None
+        self._last[model] = text
+        return f"{now - self.zero:5.1f}s  {model:<14} {text}"
 
     def call(self, change: dict[str, Any], now: float) -> str | None:
         """None for changes that are not worth a line."""

@@ -81,10 +81,10 @@ class Control:
         }
 
     async def _changes(self) -> AsyncIterator[bytes]:
-        listener = self._shell.feed.listen()
-        yield _event({"type": "state", **self.state()})
-        async for change in listener:
-            yield _event(change)
+        with self._shell.feed.listening() as changes:
+            yield _event({"type": "state", **self.state()})
+            async for change in changes:
+                yield _event(change)
 
 
 def _event(change: dict[str, Any]) -> bytes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _BACKLOG = 1000
@@ -20,13 +20,13 @@ class Feed:
         for queue in self._listeners:
             self._put(queue, change)
 
-    async def listen(self) -> AsyncIterator[dict[str, Any]]:
-        """Every change from now until the feed closes."""
+    @contextmanager
+    def listening(self) -> Iterator[AsyncIterator[dict[str, Any]]]:
+        """Every change from the start of the block until its end, or until the feed closes."""
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(_BACKLOG)
         self._listeners.add(queue)
         try:
-            while (change := await queue.get()) is not None:
-                yield change
+            yield _drain(queue)
         finally:
             self._listeners.discard(queue)
 
@@ -40,3 +40,8 @@ class Feed:
             with suppress(asyncio.QueueEmpty):
                 queue.get_nowait()
         queue.put_nowait(change)
+
+
+async def _drain(queue: asyncio.Queue[dict[str, Any] | None]) -> AsyncIterator[dict[str, Any]]:
+    while (change := await queue.get()) is not None:
+        yield change

@@ -107,7 +107,9 @@ class Scheduler:
         event: ev.Announced | ev.StageStarted | ev.StageEnded | ev.ToolStarted | ev.ToolEnded,
         now: float,
     ) -> Iterator[Command]:
-        self._run(event.run, now)
+        """A sign of life; it may come after the run's end, and then starts nothing."""
+        if run := self.runs.get(event.run):
+            run.last_seen = now
         yield from ()
 
     def _forecast_changed(self, event: ev.ForecastChanged, now: float) -> Iterator[Command]:
@@ -115,11 +117,13 @@ class Scheduler:
         yield from ()
 
     def _run_paused(self, event: ev.RunPaused, now: float) -> Iterator[Command]:
-        self._run(event.run, now).pause(now)
+        if run := self.runs.get(event.run):
+            run.pause(now)
         yield from ()
 
     def _run_resumed(self, event: ev.RunResumed, now: float) -> Iterator[Command]:
-        self._run(event.run, now).resume(now)
+        if run := self.runs.get(event.run):
+            run.resume(now)
         yield from ()
 
     def _run_ended(self, event: ev.RunEnded, now: float) -> Iterator[Command]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from ._annotation import Slo, Successor
 from ._base import MAX_EVENTS, PROTOCOL_VERSION, Message, Name
 
-Instance = Annotated[int, Field(ge=0)]
+Instance = Annotated[int, Field(ge=0, lt=10**9)]
 
 
 class _Event(Message):

@@ -34,7 +34,7 @@ class CallIdentity(Message):
     run: Name | None = None
     workflow: Name | None = None
     stage: Name | None = None
-    instance: int = Field(default=0, ge=0)
+    instance: int = Field(default=0, ge=0, lt=10**9)
     conversation: Name | None = None
 
     def headers(self) -> dict[str, str]:

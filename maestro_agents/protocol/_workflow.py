@@ -78,8 +78,10 @@ class Workflow(Message):
 
     @cached_property
     def content_hash(self) -> str:
-        """First 12 hex digits of the canonical JSON's SHA-256; the order of edges is irrelevant."""
+        """First 12 hex digits of the canonical JSON's SHA-256; order is irrelevant."""
         content = self.model_dump(mode="json", exclude={"version", "name"})
+        for join in content["joins"]:
+            join["sources"] = sorted(join["sources"])
         for key in ("stages", "edges", "joins", "open_ended"):
             content[key] = sorted(json.dumps(item, sort_keys=True) for item in content[key])
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))

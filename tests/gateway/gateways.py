@@ -26,7 +26,11 @@ class StaticNode:
     def __init__(self, workers: list[WorkerInfo]) -> None:
         self.workers = {w.worker: w for w in workers}
         self.moves: list[tuple[str, Residency]] = []
+        self.answer = BackendError("a static node moves nothing")
         self._changed = asyncio.Event()
+
+    async def join(self) -> NodeInfo:
+        return await self.info()
 
     async def info(self) -> NodeInfo:
         return NodeInfo("n", (DeviceInfo("cpu", 64 * GIB),), tuple(self.workers.values()))
@@ -40,7 +44,7 @@ class StaticNode:
 
     async def set_residency(self, model: str, residency: Residency) -> None:
         self.moves.append((model, residency))
-        raise BackendError("a static node moves nothing")
+        raise self.answer
 
     async def close(self) -> None:
         return None

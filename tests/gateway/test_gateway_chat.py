@@ -11,8 +11,9 @@ from gateway.gateways import gateway
 from openai import APIError, AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
 from maestro_agents.testing import Latency
+from maestro_backend.node import NodeLostError
 from maestro_backend.recording import replay
-from maestro_backend.scheduler import WorkerState
+from maestro_backend.scheduler import Residency, WorkerState
 
 SCHEMA = {
     "type": "json_schema",
@@ -227,6 +228,27 @@ async def test_calls_wait_for_a_worker_that_restarts(tmp_path: Path) -> None:
         assert (await g.chat("small")).status_code == 200, "other models go on"
         assert not waiting.done()
         g.node.change("n/big", state=WorkerState.READY)
+        assert (await waiting).status_code == 200
+
+
+async def test_a_model_that_cannot_be_brought_in_is_503_with_the_reason(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as g:
+        g.node.change("n/big", state=WorkerState.STOPPED, residency=Residency.DISK)
+        await g.until(lambda: g.shell.scheduler.workers["n/big"].state == "stopped")
+        reply = await g.chat()
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_failed")
+        assert "a static node moves nothing" in reply.json()["error"]["message"]
+        assert int(reply.headers["retry-after"]) > 0
+
+
+async def test_a_node_lost_while_it_brings_a_model_in_fails_no_call(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as g:
+        g.node.answer = NodeLostError("gone")
+        g.node.change("n/big", state=WorkerState.STOPPED, residency=Residency.DISK)
+        await g.until(lambda: g.shell.scheduler.workers["n/big"].state == "stopped")
+        waiting = asyncio.create_task(g.chat())
+        await g.until(lambda: ("big", Residency.DEVICE) in g.node.moves)
+        g.node.change("n/big", state=WorkerState.READY, residency=Residency.DEVICE)
         assert (await waiting).status_code == 200
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from maestro_agents.protocol import BackendError, RunEvent
 from maestro_backend import scheduler as core
 from maestro_backend.config import Config
-from maestro_backend.node import NodeHandle
+from maestro_backend.node import NodeHandle, NodeLostError
 from maestro_backend.predictor import Predictor
 from maestro_backend.recording import Recorder
 from maestro_backend.scheduler.policies import policy
@@ -28,7 +28,7 @@ from ._records import CallRecord, CallStatus, Records
 _log = logging.getLogger("maestro.gateway")
 
 _TICK_S = 0.25
-_RECONNECT_S = 0.5
+_REJOIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,8 @@ class Shell:
         try:
             await self._node.set_residency(command.model, command.residency)
             await self._refresh(command.model)
+        except NodeLostError:
+            return  # NodeLost clears the move: the model itself did not fail
         except BackendError as error:
             self.handle(core.CommandFailed(command.id, str(error)))
         else:
@@ -184,18 +186,19 @@ class Shell:
     async def _follow_node(self) -> None:
         """Join the node, follow its changes; after a loss, join again."""
         while True:
-            joined = ""
-            with suppress(BackendError):
-                info = await self._node.info()
-                joined = info.node
-                preload = tuple(name for name in self.config.models)
-                self.handle(core.NodeJoined(info, preload))
+            try:
+                info = await self._node.join()
+            except BackendError as error:
+                _log.error("no node: %s", error)
+                await asyncio.sleep(_REJOIN_S)
+                continue
+            self.handle(core.NodeJoined(info, tuple(self.config.models)))
+            try:
                 async for worker in self._node.changes():
                     self._worker_changed(worker)
-            if joined:
-                _log.warning("lost node %s, joining again", joined)
-                self.handle(core.NodeLost(joined))
-            await asyncio.sleep(_RECONNECT_S)
+            except BackendError as error:
+                _log.warning("lost node %s, joining again: %s", info.node, error)
+            self.handle(core.NodeLost(info.node))
 
     def _worker_changed(self, info: core.WorkerInfo) -> None:
         if self.scheduler.workers.get(info.worker) == info:

@@ -1,0 +1,282 @@
+"""The configuration file: which models, on which devices, under which rules.
+
+Every section is a frozen model. An unknown key is an error that names the likely one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from maestro_agents.protocol import ConfigError
+
+_BINARY = ("KiB", "MiB", "GiB", "TiB")
+_DECIMAL = ("kB", "MB", "GB", "TB")
+_SIZE_UNITS = {
+    "B": 1,
+    **{unit: 1024 ** (power + 1) for power, unit in enumerate(_BINARY)},
+    **{unit: 1000 ** (power + 1) for power, unit in enumerate(_DECIMAL)},
+}
+_TIME_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+
+SOURCE_SCHEMES = ("hub", "package", "random")
+"""`hub:org/name`, `package:name`, `random:tiny-llama`; anything else is a folder."""
+
+
+def parse_size(value: object) -> object:
+    """`"6GiB"` -> bytes; numbers pass as they are."""
+    if not isinstance(value, str):
+        return value
+    return round(_quantity(value, _SIZE_UNITS, "a size such as 6GiB or 512MiB"))
+
+
+def parse_duration(value: object) -> object:
+    """`"20s"`, `"500ms"`, `"2m"`, `"1h"` -> seconds; numbers pass as they are."""
+    if not isinstance(value, str):
+        return value
+    return _quantity(value, _TIME_UNITS, "a duration such as 20s or 500ms")
+
+
+def _quantity(text: str, units: Mapping[str, float], wanted: str) -> float:
+    match = _QUANTITY.fullmatch(text)
+    if match is None or match[2] not in units:
+        raise PydanticCustomError(
+            "quantity",
+            "{text} is not {wanted}",
+            {
+                "text": repr(text),
+                "wanted": wanted,
+            },
+        )
+    return float(match[1]) * units[match[2]]
+
+
+def _from_base(path: Path, info: ValidationInfo) -> Path:
+    return Path(os.path.normpath((info.context or {}).get("base", Path.cwd()) / path.expanduser()))
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Seconds = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
+Positive = Annotated[int, Field(gt=0)]
+LocalPath = Annotated[Path, AfterValidator(_from_base)]
+"""`~` is expanded; a relative path starts at the config file's folder."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping):
+            for key in raw:
+                if key not in cls.model_fields:
+                    raise _unknown_key(str(key), cls.model_fields)
+        return raw
+
+
+def _unknown_key(key: str, known: Mapping[str, object]) -> PydanticCustomError:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else f" (known: {', '.join(sorted(known))})"
+    return PydanticCustomError("unknown_key", "unknown key{hint}", {"hint": hint, "key": key})
+
+
+class ModelConfig(_Section):
+    """One model and how its engine is started. `kv_memory` is bytes per device.
+
+    `source`: a folder (relative to the config file), `hub:org/name`, `package:name` (a GGUF inside
+    a Python package) or `random:tiny-llama`. None of the optional fields means the engine's
+    default. `engine_args` go to the engine's command line as they are.
+    """
+
+    source: Annotated[str, Field(min_length=1)]
+    served_names: tuple[str, ...] = ()
+    tensor_parallel: Positive = 1
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tool_call_parser: str | None = "hermes"
+    reasoning_parser: str | None = None
+    max_model_len: Positive | None = None
+    max_num_seqs: Positive | None = None
+    kv_memory: Size | None = None
+    engine: Literal["auto", "vllm", "vllm-cpu", "stub"] = "auto"
+    engine_args: dict[str, Any] = {}
+    python: LocalPath | None = None
+    """Interpreter of the engine's own environment, where it is not this one."""
+    pin: bool = False
+    """Keep the weights on the device whatever the forecast says."""
+
+    @field_validator("source")
+    @classmethod
+    def _resolved(cls, source: str, info: ValidationInfo) -> str:
+        scheme, colon, rest = source.partition(":")
+        if not colon:
+            return str(_from_base(Path(source), info))
+        if scheme not in SOURCE_SCHEMES or not rest:
+            raise PydanticCustomError(
+                "source",
+                "{source} is neither a folder nor one of hub:…, package:…, random:…",
+                {"source": repr(source)},
+            )
+        return source
+
+
+class NodeConfig(_Section):
+    """A host. `memory` is the budget of each device in bytes, None for what is found there.
+
+    No `devices` means: the GPUs, or the CPU where there are none. `disk_cache` holds fetched and
+    converted models.
+    """
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^/\s]+$")] = Field(
+        default_factory=socket.gethostname
+    )
+    devices: tuple[str, ...] = ()
+    memory: Size | None = None
+    host_memory: Size | None = None
+    disk_cache: LocalPath | None = None
+
+    @field_validator("devices")
+    @classmethod
+    def _one_kind(cls, devices: tuple[str, ...]) -> tuple[str, ...]:
+        once = len(set(devices)) == len(devices)
+        gpus = all(re.fullmatch(r"cuda:\d+", device) for device in devices)
+        if devices != ("cpu",) and not (once and gpus):
+            raise PydanticCustomError("devices", "write [cpu], or each GPU once: [cuda:0, cuda:1]")
+        return devices
+
+
+class SloConfig(_Section):
+    """A service level: the deadline of a run in seconds, None for none."""
+
+    deadline: Seconds | None = None
+
+
+class TenantConfig(_Section):
+    """A tenant's share: twice the `weight` is twice the service under contention."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class ListenConfig(_Section):
+    """Where the gateway listens."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+
+
+def default_state_dir() -> Path:
+    """`$XDG_STATE_HOME/maestro`, or `~/.local/state/maestro`."""
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "maestro"
+
+
+_SLO: dict[str, SloConfig] = {
+    "interactive": SloConfig(deadline=20.0),
+    "standard": SloConfig(deadline=120.0),
+    "batch": SloConfig(),
+}
+
+
+class Config(_Section):
+    """The whole file. Given `slo` classes and tenants add to the defaults or replace them."""
+
+    models: Annotated[dict[str, ModelConfig], Field(min_length=1)]
+    nodes: tuple[NodeConfig, ...] = Field(default_factory=lambda: (NodeConfig(),))
+    slo: dict[str, SloConfig] = _SLO
+    tenants: dict[str, TenantConfig] = {"default": TenantConfig()}
+    policy: Literal["maestro", "fcfs"] = "maestro"
+    state_dir: LocalPath = Field(default_factory=default_state_dir)
+    listen: ListenConfig = ListenConfig()
+
+    @field_validator("slo", "tenants")
+    @classmethod
+    def _with_defaults(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        assert info.field_name is not None
+        return {**cls.model_fields[info.field_name].default, **given}
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        owners: dict[str, str] = {}
+        for model, settings in self.models.items():
+            for name in {model, *settings.served_names}:
+                if owners.setdefault(name, model) != model:
+                    raise PydanticCustomError(
+                        "served_name",
+                        "models {first} and {second} are both served as {name}",
+                        {"first": owners[name], "second": model, "name": repr(name)},
+                    )
+        names = {node.name for node in self.nodes}
+        if not names or len(names) < len(self.nodes):
+            raise PydanticCustomError("nodes", "name at least one node, and each node differently")
+        return self
+
+    @classmethod
+    def parse(cls, raw: object, base: Path | None = None) -> Config:
+        """Check `raw` (what a YAML file holds); relative folders are taken from `base`.
+
+        Raises:
+            ConfigError: one line for each thing that is wrong, with its path.
+        """
+        try:
+            return cls.model_validate(raw, context={"base": base or Path.cwd()})
+        except ValidationError as error:
+            raise ConfigError("\n".join(_describe(e) for e in error.errors())) from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Config:
+        """Read a YAML file.
+
+        Raises:
+            ConfigError: it is missing, not YAML, or something in it is wrong.
+        """
+        file = Path(path)
+        try:
+            raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the config file {file}: {error}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file} is not YAML: {error}") from error
+        try:
+            return cls.parse(raw, base=file.absolute().parent)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
+
+    def node(self, name: str | None = None) -> NodeConfig:
+        """The node called `name`, or the first one.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        for node in self.nodes:
+            if name in (None, node.name):
+                return node
+        known = ", ".join(node.name for node in self.nodes)
+        raise ConfigError(f"no node is called {name!r} (nodes: {known})")
+
+
+def _describe(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    if error["type"] == "unknown_key":
+        path.append(error["ctx"]["key"])
+    message = "must be a section with keys" if error["type"] == "model_type" else error["msg"]
+    return f"{'.'.join(path) or 'config'}: {message}"

@@ -1,0 +1,6 @@
+"""The node level: an agent per host that owns the workers, and the handles to talk to it."""
+
+from ._handle import NodeHandle, NodeLostError
+from ._local import LocalNode
+
+__all__ = ["LocalNode", "NodeHandle", "NodeLostError"]

@@ -1,0 +1,45 @@
+"""Workers: one engine process per model, its supervision, and the model sources.
+
+The names are loaded when they are first used: vLLM imports this package for our plugin in every
+process of every vLLM in the environment, and needs nothing else of it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._address import MAX_ADDRESS_BYTES, file_name, runtime_dir, socket_path
+    from ._engine import ENGINES, Engine, Launch, Memory, ServedModel, choose_engine
+    from ._sources import Checkpoint, cache_dir, fetch
+    from ._telling import telling_line
+    from ._worker import Backoff, DoesNotFitError, Worker
+
+__all__ = [
+    "ENGINES",
+    "MAX_ADDRESS_BYTES",
+    "Backoff",
+    "Checkpoint",
+    "DoesNotFitError",
+    "Engine",
+    "Launch",
+    "Memory",
+    "ServedModel",
+    "Worker",
+    "cache_dir",
+    "choose_engine",
+    "fetch",
+    "file_name",
+    "runtime_dir",
+    "socket_path",
+    "telling_line",
+]
+
+_MODULES = ("_address", "_engine", "_sources", "_telling", "_worker")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in (import_module(f".{module}", __name__) for module in _MODULES):
+            if name in vars(module):
+                return vars(module)[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

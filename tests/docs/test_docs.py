@@ -1,0 +1,82 @@
+"""What README and docs say is run, parsed or looked up."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from e2e.served import maestro
+
+from maestro_backend.cli import main
+from maestro_backend.config import Config
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(
+    page
+    for pattern in ("*.md", "docs/**/*.md", "adapters/*/README.md", "examples/*/README.md")
+    for page in ROOT.glob(pattern)
+)
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_in_the_readme_runs(code: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAESTRO_")}
+    done = subprocess.run(
+        (sys.executable, "-W", "error", "-c", code),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "planned" in done.stdout
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml_in_the_readme_is_a_valid_config(text: str) -> None:
+    assert Config.parse(yaml.safe_load(text)).models
+
+
+def test_the_curl_of_the_readme_works(tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    [command] = [block for block in blocks("bash") if block.startswith("curl ")]
+    with maestro("serve", "--engine", "stub", "--port", "0", state=tmp_path) as served:
+        command = command.replace("http://127.0.0.1:8000/v1", served.url)
+        done = subprocess.run(
+            ("bash", "-c", command), capture_output=True, text=True, timeout=60, check=False
+        )
+    assert '"chat.completion"' in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_and_link_on_a_page_exists(
+    page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = page.read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"(?:`|^)make ([a-z]+)", text, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+    for command in set(re.findall(r"(?:`|^|bin/)maestro ([a-z]+)", text, re.MULTILINE)):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0, f"maestro {command}"
+        capsys.readouterr()
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link

@@ -172,6 +172,19 @@ async def test_a_client_that_leaves_aborts_the_engine_request(tmp_path: Path) ->
         assert g.shell.scheduler.calls.by_id == {}
 
 
+async def test_a_client_that_hangs_up_at_done_has_had_its_call(tmp_path: Path) -> None:
+    body = {"model": "big", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    async with gateway(tmp_path, output_tokens=3) as g:
+        for _ in range(20):
+            async with g.http.stream("POST", "/v1/chat/completions", json=body) as reply:
+                async for line in reply.aiter_lines():
+                    if line == "data: [DONE]":
+                        break
+        await g.until(lambda: all(r.ended for r in g.shell.records.calls.values()))
+        assert [r.status for r in g.shell.records.calls.values()] == ["done"] * 20
+        assert [r.output_tokens for r in g.shell.records.calls.values()] == [3] * 20
+
+
 async def test_a_client_that_leaves_the_queue_is_forgotten(tmp_path: Path) -> None:
     async with gateway(tmp_path, window=1, latency=Latency(decode_tokens_s=50)) as g:
         with g.stubs["big"].paused():

@@ -54,6 +54,8 @@ class _Reply:
     send: Send
     headers: dict[str, str] = field(default_factory=dict)
     begun: bool = False
+    usage: Usage | None = None
+    """Set when the engine has said everything: a client may leave before we are done with it."""
 
     async def begin(self, status: int, content_type: str) -> None:
         headers = {**self.headers, "content-type": content_type}
@@ -122,9 +124,12 @@ class ChatCompletions:
         ):
             reply.headers[HEADER_WORKFLOW] = "unknown"
         try:
-            usage = await self._attempts(request, record, reply, model)
+            await self._attempts(request, record, reply, model)
         except asyncio.CancelledError:
-            self._end(request, record, CallStatus.CANCELLED, CallCancelled(record.call))
+            if reply.usage is not None:
+                self._finish(request, record, shape, reply.usage)
+            else:
+                self._end(request, record, CallStatus.CANCELLED, CallCancelled(record.call))
             raise
         except ApiError as error:
             self._fail(request, record, error)
@@ -134,7 +139,7 @@ class ChatCompletions:
             answer = ApiError(500, f"the gateway failed: {error}", "server_error")
             self._fail(request, record, answer)
             raise answer from error
-        self._finish(request, record, shape, usage)
+        self._finish(request, record, shape, reply.usage or Usage())
 
     def _arrive(self, request: ChatRequest, shape: CallShape, prediction: Prediction) -> CallRecord:
         shell, identity = self._shell, request.identity
@@ -174,14 +179,15 @@ class ChatCompletions:
 
     async def _attempts(
         self, request: ChatRequest, record: CallRecord, reply: _Reply, model: str
-    ) -> Usage | None:
+    ) -> None:
         """Dispatch as often as the scheduler allows, until a first byte has reached the client."""
         while True:
             place = await self._shell.place(record)
             reply.headers[HEADER_WORKER] = place.worker
             reply.headers[HEADER_QUEUE_MS] = str(round(record.queued_s() * 1000))
             try:
-                return await self._forward(request, record, reply, place, model)
+                await self._forward(request, record, reply, place, model)
+                return
             except WorkerLost as error:
                 if reply.begun:
                     message = f"the worker was lost in mid-stream ({error}); please try again"
@@ -195,20 +201,22 @@ class ChatCompletions:
         reply: _Reply,
         place: Placement,
         model: str,
-    ) -> Usage | None:
+    ) -> None:
         body = request.upstream_body(model, place.priority)
         async with self._upstream.post(place.address, _PATH, body, record.call) as response:
             if request.stream and response.status_code == 200:
-                return await self._stream(request, record, reply, response)
+                await self._stream(request, record, reply, response)
+                return
             data = await response.aread()
+            if response.status_code == 200:
+                reply.usage = Usage.of(json.loads(data))
             content_type = response.headers.get("content-type", "application/json")
             await reply.begin(response.status_code, content_type)
             await reply.body(data, more=False)
-            return Usage.of(json.loads(data)) if response.status_code == 200 else None
 
     async def _stream(
         self, request: ChatRequest, record: CallRecord, reply: _Reply, response: httpx.Response
-    ) -> Usage:
+    ) -> None:
         reader = StreamReader(forward_usage=request.wants_usage)
         reported = 0
         async for chunk in response.aiter_raw():
@@ -219,21 +227,20 @@ class ChatCompletions:
                 record.first_token = self._shell.now()
                 self._shell.publish(record)
                 await reply.begin(200, response.headers.get("content-type", "text/event-stream"))
-            await reply.body(data, more=True)
             record.output_tokens = max(0, reader.events - 1)
+            if reader.done:
+                reply.usage = reader.usage or Usage(0, record.output_tokens)
+            await reply.body(data, more=not reader.done)
             if reader.events - reported >= _PROGRESS_EVERY:
                 reported = reader.events
                 progress = CallProgress(record.call, record.prompt_tokens, reader.events)
                 self._shell.handle(progress)
         if not reader.done:
             raise WorkerLost("the stream ended before its end")
-        await reply.body(reader.flush(), more=False)
-        return reader.usage or Usage(0, record.output_tokens)
 
     def _finish(
-        self, request: ChatRequest, record: CallRecord, shape: CallShape, usage: Usage | None
+        self, request: ChatRequest, record: CallRecord, shape: CallShape, usage: Usage
     ) -> None:
-        usage = usage or Usage()
         record.prompt_tokens, record.output_tokens = usage.prompt_tokens, usage.output_tokens
         record.cached_tokens = usage.cached_tokens
         now, sent = self._shell.now(), record.dispatched or record.arrived

@@ -48,12 +48,8 @@ class StreamReader:
     def feed(self, data: bytes) -> bytes:
         """Complete events to send on; an unfinished one waits for its end."""
         *events, self._rest = (self._rest + data).split(b"\n\n")
-        return b"".join(event + b"\n\n" for event in events if self._take(event))
-
-    def flush(self) -> bytes:
-        """What is left when the engine has closed the stream."""
-        rest, self._rest = self._rest, b""
-        return rest
+        taken = [event + b"\n\n" for event in events if not self.done and self._take(event)]
+        return b"".join(taken)
 
     def _take(self, event: bytes) -> bool:
         """Whether the client gets this event."""

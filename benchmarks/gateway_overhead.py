@@ -33,9 +33,7 @@ CONFIG = "models: {smollm2-135m: {source: 'random:tiny-llama', engine: stub, max
 @contextmanager
 def server(*command: str, says: str) -> Iterator[str]:
     """A server process; yields the word after `says` in its output."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     try:
         for line in process.stdout:

@@ -13,11 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import TypeAdapter
+
 from maestro_agents.protocol import ConfigError
 from maestro_backend.scheduler import Command, Event, Scheduler, Settings, decode_event, encode
 from maestro_backend.scheduler.policies import policy
 
 VERSION = 1
+_SETTINGS = TypeAdapter(Settings)
 
 
 class Recorder:
@@ -85,7 +88,7 @@ def _scheduler_of(header: str, path: Path) -> Scheduler:
     data = _parse(header, path, 1)
     if data.get("maestro_recording") != VERSION:
         raise ConfigError(f"{path} is no Maestro recording of version {VERSION}")
-    return Scheduler(policy(data["policy"]), Settings(**data["settings"]))
+    return Scheduler(policy(data["policy"]), _SETTINGS.validate_python(data["settings"]))
 
 
 def _parse(text: str, path: Path, number: int) -> dict[str, Any]:

@@ -52,8 +52,9 @@ async def test_a_plain_call_comes_back_with_its_headers(tmp_path: Path) -> None:
 async def test_the_engine_gets_the_body_with_only_our_changes(tmp_path: Path) -> None:
     async with gateway(tmp_path) as g:
         extra = {"maestro": {"role": "planner"}, "priority": -5, "temperature": 0.5, "custom": [1]}
-        await g.chat("gpt-4o", "Grüße", **extra)
+        await g.chat("gpt-4o", "Grüße", headers={"traceparent": "00-1-2-01"}, **extra)
         [request] = g.stubs["big"].requests
+        assert request.headers["traceparent"] == "00-1-2-01"
         assert request.body["model"] == "big"
         assert request.body["messages"] == [{"role": "user", "content": "Grüße"}]
         assert (request.body["temperature"], request.body["custom"]) == (0.5, [1])

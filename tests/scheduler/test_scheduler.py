@@ -265,6 +265,14 @@ def test_a_waiting_call_evicts_the_idle_model_and_then_starts_its_own() -> None:
     core.validate()
 
 
+def test_a_pinned_model_never_makes_room_and_nobody_waits_for_it_to() -> None:
+    pinned = Settings(pinned=("a",), patience_s=10)
+    wanted = worker("b", state=WorkerState.STOPPED)
+    core = scheduler(worker("a"), wanted, capacity=GIB + 5000, settings=pinned)
+    [reject] = core.handle(arrival("x", model="b"), 1.0)
+    assert isinstance(reject, Reject) and reject.reason is RejectReason.MODEL_TOO_LARGE
+
+
 def test_a_busy_model_drains_for_an_older_call_after_patience() -> None:
     busy, wanted = worker("a"), worker("b", state=WorkerState.STOPPED)
     core = scheduler(busy, wanted, capacity=GIB + 5000, settings=Settings(patience_s=10))

@@ -203,7 +203,8 @@ class ChatCompletions:
         model: str,
     ) -> None:
         body = request.upstream_body(model, place.priority)
-        async with self._upstream.post(place.address, _PATH, body, record.call) as response:
+        headers = {"x-request-id": record.call, **request.trace}
+        async with self._upstream.post(place.address, _PATH, body, headers) as response:
             if request.stream and response.status_code == 200:
                 await self._stream(request, record, reply, response)
                 return

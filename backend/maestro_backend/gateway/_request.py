@@ -24,6 +24,8 @@ class ChatRequest:
     identity: CallIdentity
     annotation: Annotation
     prompt_bytes: int
+    trace: dict[str, str]
+    """W3C trace headers, passed on to the engine."""
     bad_hints: tuple[str, ...] = ()
 
     @property
@@ -74,7 +76,8 @@ def parse_chat(raw: bytes, headers: Mapping[str, str]) -> ChatRequest:
     annotation, bad_keys = _annotation(body.get(BODY_KEY))
     prompt = {"messages": body["messages"], "tools": body.get("tools")}
     prompt_bytes = len(json.dumps(prompt, ensure_ascii=False).encode())
-    return ChatRequest(body, identity, annotation, prompt_bytes, (*bad_headers, *bad_keys))
+    trace = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
+    return ChatRequest(body, identity, annotation, prompt_bytes, trace, (*bad_headers, *bad_keys))
 
 
 def _parse_json(raw: bytes) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class Shell:
 
     def __init__(self, config: Config, node: NodeHandle, recording: Path | None = None) -> None:
         self.config = config
-        self.scheduler = core.Scheduler(policy(config.policy))
+        pinned = tuple(name for name, model in config.models.items() if model.pin)
+        self.scheduler = core.Scheduler(policy(config.policy), core.Settings(pinned=pinned))
         self.predictor = Predictor()
         deadlines = {name: slo.deadline for name, slo in config.slo.items()}
         self.book = WorkflowBook(self.predictor, deadlines)

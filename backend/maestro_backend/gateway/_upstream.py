@@ -22,14 +22,14 @@ class Upstream:
 
     @asynccontextmanager
     async def post(
-        self, address: str, path: str, body: bytes, call: str
+        self, address: str, path: str, body: bytes, headers: dict[str, str]
     ) -> AsyncIterator[httpx.Response]:
         """Open a request; leaving the block early closes it, which aborts it in the engine.
 
         Raises:
             WorkerLost: no connection, or a 5xx answer.
         """
-        headers = {**_HEADERS, "x-request-id": call}
+        headers = {**_HEADERS, **headers}
         client = self._client(address)
         try:
             async with client.stream("POST", path, content=body, headers=headers) as response:

@@ -49,6 +49,7 @@ class Residencies:
     """Moves under way and what they were asked for. `patience_s`: wait before draining others."""
 
     patience_s: float
+    pinned: tuple[str, ...] = ()
     preload: list[str] = field(default_factory=list)
     moves: dict[int, Move] = field(default_factory=dict)
     draining: dict[str, str] = field(default_factory=dict)
@@ -159,7 +160,7 @@ class Residencies:
 
     def _may_leave(self, worker: WorkerInfo, oldest: Call | None, world: World) -> bool:
         """Whether `worker` may make room for a model whose oldest queued call is `oldest`."""
-        if worker.state is not WorkerState.READY:
+        if worker.state is not WorkerState.READY or worker.model in self.pinned:
             return False
         queued = world.calls.queued(worker.model).values()
         busy = bool(queued) or bool(world.calls.on_worker(worker.worker))

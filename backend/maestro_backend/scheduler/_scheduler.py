@@ -11,7 +11,7 @@ from . import _events as ev
 from ._calls import Call, CallTable
 from ._commands import Abort, Command, Dispatch, Reject, RejectReason, SetResidency
 from ._invariants import check
-from ._ledger import Ledger, need_bytes
+from ._ledger import Ledger, device_key, need_bytes
 from ._nouns import Residency, WorkerInfo, WorkerState
 from ._placement import best_worker, open_workers, reserve
 from ._residency import Failure, Move, Residencies, World
@@ -34,6 +34,8 @@ class Settings:
     the call, unless its node says more: time for the node to notice a death."""
     run_idle_s: float = 3600.0
     """A run without calls or events for this long is forgotten."""
+    pinned: tuple[str, ...] = ()
+    """Models that never make room for others."""
 
 
 class Scheduler:
@@ -46,7 +48,7 @@ class Scheduler:
         self.calls = CallTable()
         self.workers: dict[str, WorkerInfo] = {}
         self.ledger = Ledger()
-        self.residencies = Residencies(self.settings.patience_s)
+        self.residencies = Residencies(self.settings.patience_s, self.settings.pinned)
         self._suspects: dict[str, float] = {}
         self._commands = 0
         self._handlers: dict[type, Callable[[Any, float], Iterator[Command]]] = {
@@ -293,15 +295,28 @@ class Scheduler:
             return None
         if failure := self.residencies.failure(model, now):
             return RejectReason.MODEL_FAILED, failure.detail, failure.until - now
-        largest = max(self.ledger.capacity.values(), default=0)
-        need = min((need_bytes(w) for w in mine), default=0)
-        if need > largest:
+        needs = [(need_bytes(w), self._room(w)) for w in mine]
+        if needs and all(need > room for need, room in needs):
+            need, room = min(needs, key=lambda pair: pair[0] - pair[1])
             detail = (
-                f"model {model!r} needs {need:,} bytes with its KV cache; the largest device has "
-                f"{largest:,}: give the device more memory or the model less kv_memory"
+                f"model {model!r} needs {need:,} bytes with its KV cache; at most {room:,} can be "
+                f"had on a device: give the device more memory or the model less kv_memory"
             )
             return RejectReason.MODEL_TOO_LARGE, detail, None
         return None
+
+    def _room(self, worker: WorkerInfo) -> int:
+        """Bytes that `worker` can have at most: its device less what pinned neighbours hold."""
+        device = device_key(worker.node, worker.device)
+        pinned = (
+            w.worker
+            for w in self.workers.values()
+            if w.model in self.settings.pinned and w.model != worker.model
+        )
+        held = (self.ledger.claims[w] for w in pinned if w in self.ledger.claims)
+        return self.ledger.capacity.get(device, 0) - sum(
+            claim.total for claim in held if claim.device == device
+        )
 
     def _dispatch(self, now: float) -> Iterator[Command]:
         for model in [m for m, queue in self.calls.queues.items() if queue]:

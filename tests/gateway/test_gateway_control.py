@@ -98,7 +98,7 @@ async def test_a_run_shows_its_calls_forecast_and_lead_times(tmp_path: Path) -> 
         assert view["lead_time_s"]["foreseen"] == 1
         assert (view["announced_never_made"], view["forecast"]) == (0, [])
         assert view["ended"] is not None
-        assert g.shell.scheduler.runs == {}
+        assert g.shell.scheduler.runs.by_id == {}
 
 
 async def test_prompt_text_is_nowhere_in_what_we_keep(tmp_path: Path) -> None:

@@ -89,12 +89,16 @@ def test_progress_grows_the_reservation_within_the_limit() -> None:
     core.validate()
 
 
-def test_a_failed_call_is_retried_in_its_old_place_until_the_limit() -> None:
+def lost(call: str) -> CallFailed:
+    return CallFailed(call, "reset", retryable=True, worker_lost=True)
+
+
+def test_a_call_whose_worker_is_lost_is_retried_in_its_old_place_until_the_limit() -> None:
     core = scheduler(worker(window=1), settings=Settings(max_attempts=2, suspect_s=0))
     core.handle(arrival("a"), 1.0)
     core.handle(arrival("b"), 2.0)
-    assert dispatched(core.handle(CallFailed("a", "reset", retryable=True), 3.0)) == ["a"]
-    reject, dispatch = core.handle(CallFailed("a", "reset", retryable=True), 4.0)
+    assert dispatched(core.handle(lost("a"), 3.0)) == ["a"]
+    reject, dispatch = core.handle(lost("a"), 4.0)
     assert isinstance(reject, Reject) and reject.reason is RejectReason.RETRIES_EXHAUSTED
     assert "reset" in reject.detail
     assert isinstance(dispatch, Dispatch) and dispatch.call == "b"
@@ -103,12 +107,22 @@ def test_a_failed_call_is_retried_in_its_old_place_until_the_limit() -> None:
 def test_a_worker_that_broke_a_call_rests_until_its_node_speaks_or_time_passes() -> None:
     core = scheduler(worker(), settings=Settings(suspect_s=2))
     core.handle(arrival("a"), 1.0)
-    assert core.handle(CallFailed("a", "reset", retryable=True), 3.0) == []
+    assert core.handle(lost("a"), 3.0) == []
     assert core.handle(Tick(), 4.9) == []
     assert dispatched(core.handle(Tick(), 5.0)) == ["a"]
-    assert core.handle(CallFailed("a", "reset", retryable=True), 6.0) == []
+    assert core.handle(lost("a"), 6.0) == []
     assert core.handle(Tick(), 9.9) == [], "twice as long the second time"
     assert dispatched(core.handle(WorkerChanged(worker()), 9.9)) == ["a"]
+
+
+def test_an_error_of_a_healthy_engine_is_tried_once_more_and_delays_nobody() -> None:
+    core = scheduler(worker())
+    error = CallFailed("a", "HTTP 500", retryable=True)
+    core.handle(arrival("a"), 1.0)
+    assert dispatched(core.handle(error, 2.0)) == ["a"]
+    [reject] = core.handle(error, 3.0)
+    assert isinstance(reject, Reject) and "HTTP 500" in reject.detail
+    assert dispatched(core.handle(arrival("b"), 3.0)) == ["b"]
 
 
 def test_a_call_that_failed_after_its_first_byte_is_not_retried() -> None:
@@ -198,7 +212,7 @@ def test_a_pause_moves_the_deadline() -> None:
     core.handle(RunStarted("r", deadline_s=20), 0.0)
     core.handle(RunPaused("r"), 5.0)
     core.handle(RunResumed("r"), 105.0)
-    assert core.runs["r"].deadline == 120.0
+    assert core.runs.by_id["r"].deadline == 120.0
 
 
 def test_an_ended_run_is_forgotten_with_its_last_call() -> None:
@@ -206,9 +220,9 @@ def test_an_ended_run_is_forgotten_with_its_last_call() -> None:
     core.handle(RunStarted("r"), 0.0)
     core.handle(arrival("a"), 1.0)
     core.handle(RunEnded("r"), 2.0)
-    assert "r" in core.runs
+    assert "r" in core.runs.by_id
     core.handle(CallFinished("a"), 3.0)
-    assert core.runs == {}
+    assert core.runs.by_id == {}
 
 
 def test_an_event_after_the_end_brings_no_run_back() -> None:
@@ -217,16 +231,16 @@ def test_an_event_after_the_end_brings_no_run_back() -> None:
     core.handle(RunEnded("r"), 2.0)
     for late in (StageEnded("r", "s"), RunPaused("r"), RunResumed("r")):
         core.handle(late, 3.0)
-    assert core.runs == {}
+    assert core.runs.by_id == {}
 
 
 def test_a_silent_run_is_forgotten_in_time() -> None:
     core = scheduler(worker(), settings=Settings(run_idle_s=10))
     core.handle(RunStarted("r"), 0.0)
     core.handle(Tick(), 10.0)
-    assert "r" in core.runs
+    assert "r" in core.runs.by_id
     core.handle(Tick(), 10.1)
-    assert core.runs == {}
+    assert core.runs.by_id == {}
 
 
 def test_a_call_brings_its_model_in_and_is_dispatched_when_it_is_ready() -> None:
@@ -306,7 +320,7 @@ def test_calls_wait_while_a_worker_restarts() -> None:
     core = scheduler(worker())
     core.handle(arrival("a"), 1.0)
     core.handle(WorkerChanged(replace(worker(), state=WorkerState.RESTARTING)), 2.0)
-    assert core.handle(CallFailed("a", "reset", retryable=True), 2.1) == []
+    assert core.handle(lost("a"), 2.1) == []
     core.validate()
     assert dispatched(core.handle(WorkerChanged(worker()), 3.0)) == ["a"]
 
@@ -316,8 +330,59 @@ def test_a_lost_node_keeps_its_calls_until_another_comes() -> None:
     core.handle(arrival("a"), 1.0)
     core.handle(NodeLost("n"), 2.0)
     core.validate()
-    assert core.handle(CallFailed("a", "node lost", retryable=True), 2.1) == []
+    assert core.handle(lost("a"), 2.1) == []
     assert dispatched(core.handle(NodeJoined(node(worker())), 3.0)) == ["a"]
+    core.validate()
+
+
+def test_calls_that_outlive_the_loss_of_their_node_keep_their_memory() -> None:
+    core = scheduler(worker(window=8, kv=100))
+    core.handle(arrival("a", kv=90), 1.0)
+    core.handle(NodeLost("n"), 2.0)
+    core.handle(NodeJoined(node(worker(window=8, kv=100))), 3.0)
+    core.validate()
+    assert dispatched(core.handle(arrival("b", kv=90), 4.0)) == []
+    assert dispatched(core.handle(CallFinished("a"), 5.0)) == ["b"]
+
+
+def test_without_any_node_calls_wait_a_minute_and_no_longer() -> None:
+    core = scheduler(worker())
+    core.handle(NodeLost("n"), 10.0)
+    assert core.handle(arrival("a"), 11.0) == []
+    assert core.handle(Tick(), 69.9) == []
+    [reject] = core.handle(Tick(), 70.0)
+    assert isinstance(reject, Reject) and reject.reason is RejectReason.NO_NODE
+
+
+def test_a_call_without_a_run_leaves_nothing_behind() -> None:
+    core = scheduler(worker())
+    core.handle(arrival("a", run="a"), 1.0)
+    core.handle(CallFinished("a"), 2.0)
+    assert core.runs.by_id == {} and core.calls.by_id == {}
+
+
+def test_a_command_that_fails_after_the_worker_is_ready_fails_no_model() -> None:
+    asleep = worker(state=WorkerState.STOPPED)
+    core = scheduler(asleep)
+    [bring] = core.handle(arrival("a"), 1.0)
+    core.handle(WorkerChanged(ready(asleep)), 2.0)
+    core.handle(CommandFailed(bring.id, "lost the reply"), 2.1)
+    assert dispatched(core.handle(arrival("b"), 3.0)) == ["b"]
+    core.validate()
+
+
+def test_validate_notices_a_running_call_without_memory() -> None:
+    core = scheduler(worker())
+    core.handle(arrival("a"), 1.0)
+    core.ledger.release("n/m", "a")
+    with pytest.raises(InvariantError, match="without a reservation"):
+        core.validate()
+
+
+def test_a_kv_limit_that_shrinks_under_calls_is_not_overrun() -> None:
+    core = scheduler(worker(window=8, kv=100))
+    core.handle(arrival("a", kv=90), 1.0)
+    core.handle(WorkerChanged(worker(window=8, kv=50)), 2.0)
     core.validate()
 
 
@@ -335,3 +400,12 @@ def test_preload_brings_everything_that_fits_and_evicts_nothing() -> None:
     moves = core.handle(event, 0.0)
     assert [m.model for m in moves if isinstance(m, SetResidency)] == ["a", "b"]
     core.validate()
+
+
+def test_a_preload_that_found_no_room_does_not_hinder_the_forecast() -> None:
+    core = Scheduler(policy("fcfs"))
+    workers = [worker("a"), worker("b", state=WorkerState.STOPPED)]
+    event = NodeJoined(node(*workers, capacity=GIB + 5000), preload=("a", "b"))
+    assert core.handle(event, 0.0) == []
+    [away] = core.handle(ForecastChanged("r", (future("b"),)), 1.0)
+    assert isinstance(away, SetResidency) and away.model == "a"

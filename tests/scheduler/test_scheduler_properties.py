@@ -93,7 +93,7 @@ def test_every_call_of_every_run_is_served_once_and_after_its_join(
             for before in call.after:
                 ended = result.calls[run.run, before].ended
                 assert ended is not None and ended <= times.started
-    assert core.calls.by_id == {} and core.runs == {}
+    assert core.calls.by_id == {} and core.runs.by_id == {}
     assert all(not claim.reservations for claim in core.ledger.claims.values())
 
 
@@ -133,6 +133,37 @@ def test_a_different_future_changes_no_decision_before_it_shows(
     assert decisions[0] == decisions[1]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    runs=sim_runs(),
+    rule=st.sampled_from(sorted(POLICIES)),
+    model=st.sampled_from(MODELS),
+    tokens=st.integers(1, 4000),
+)
+def test_what_follows_a_call_changes_nothing_before_it_is_announced(
+    runs: list[SimRun], rule: str, model: str, tokens: int
+) -> None:
+    """Append two calls to the end of a run: until the first arrives, the second is unknown."""
+    run = max(runs, key=lambda r: len(r.calls))
+    last = len(run.calls) - 1
+    bridge = SimCall("bridge", "a", 10, 10, after=(last,))
+    decisions, shown = [], []
+    for end in (
+        SimCall("end", "a", 1, 1, after=(last + 1,)),
+        SimCall("end", model, 300, tokens, after=(last + 1,), gap_s=3),
+    ):
+        changed = replace(run, calls=(*run.calls, bridge, end))
+        chosen = [changed if r is run else r for r in runs]
+        cluster = node(*(worker(m) for m in MODELS))
+        engines = {m: EngineModel() for m in MODELS}
+        result = Simulator(Scheduler(policy(rule)), cluster, chosen, engines).run()
+        decisions.append(result.log)
+        shown.append(result.calls[run.run, last + 1].arrived)
+    assert shown[0] == shown[1]
+    before = [[(t, e, c) for t, e, c in log if t < shown[0]] for log in decisions]
+    assert before[0] == before[1]
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Events in any order, also senseless ones; a mirror keeps the truth of each call."""
 
@@ -144,11 +175,15 @@ class AnyOrder(RuleBasedStateMachine):
         self.queued: set[str] = set()
         self.running: dict[str, str] = {}
         self.ended: set[str] = set()
+        self.requests: dict[str, CallArrived] = {}
         self.moves: dict[int, SetResidency] = {}
         self.cluster = NodeInfo(
             "n",
             (DeviceInfo("cpu", fitting * (GIB + 1000)),),
-            tuple(worker(m, state=WorkerState.STOPPED) for m in MODELS),
+            tuple(
+                worker(m, state=WorkerState.READY if i < fitting else WorkerState.STOPPED)
+                for i, m in enumerate(MODELS)
+            ),
         )
         self.alive = True
         self.feed(NodeJoined(self.cluster))
@@ -162,6 +197,7 @@ class AnyOrder(RuleBasedStateMachine):
         match command:
             case Dispatch(call=call, worker=where):
                 assert call in self.queued, f"{call} was not waiting"
+                assert not self.sources_of(call), f"{call} started before its join"
                 self.queued.remove(call)
                 self.running[call] = where
             case Reject(call=call):
@@ -174,6 +210,18 @@ class AnyOrder(RuleBasedStateMachine):
             case SetResidency():
                 self.moves[command.id] = command
 
+    def sources_of(self, call: str) -> list[str]:
+        """Live calls of the stages that `call` joins which came before it, in its run."""
+        mine = self.requests[call]
+        return [
+            other
+            for other, request in self.requests.items()
+            if request.run == mine.run
+            and request.stage in mine.waits_for
+            and int(other[1:]) < int(call[1:])
+            and other not in self.ended
+        ]
+
     @rule(model=st.sampled_from(MODELS), run=st.integers(0, 3), join=st.booleans())
     def arrive(self, model: str, run: int, join: bool) -> None:
         call = f"c{self.calls}"
@@ -182,6 +230,7 @@ class AnyOrder(RuleBasedStateMachine):
         waits = ("s0",) if join else ()
         stage = "s1" if join else "s0"
         event = CallArrived(call, f"r{run}", stage, model, Length(5, 9), 300, 1.0, waits_for=waits)
+        self.requests[call] = event
         self.feed(event)
 
     @rule(data=st.data())
@@ -192,13 +241,13 @@ class AnyOrder(RuleBasedStateMachine):
             self.ended.add(call)
             self.feed(CallFinished(call, 10, 5))
 
-    @rule(data=st.data(), retryable=st.booleans())
-    def fail(self, data: st.DataObject, retryable: bool) -> None:
+    @rule(data=st.data(), retryable=st.booleans(), worker_lost=st.booleans())
+    def fail(self, data: st.DataObject, retryable: bool, worker_lost: bool) -> None:
         if self.running:
             call = data.draw(st.sampled_from(sorted(self.running)))
             del self.running[call]
             (self.queued if retryable else self.ended).add(call)
-            self.feed(CallFailed(call, "broken", retryable))
+            self.feed(CallFailed(call, "broken", retryable, worker_lost))
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:

@@ -13,6 +13,7 @@ _STATUS = {
     RejectReason.MODEL_TOO_LARGE: (422, "invalid_request_error", "model_too_large"),
     RejectReason.MODEL_FAILED: (503, "server_error", "model_failed"),
     RejectReason.QUEUE_FULL: (429, "rate_limit_error", "queue_full"),
+    RejectReason.NO_NODE: (503, "server_error", "no_node"),
     RejectReason.RETRIES_EXHAUSTED: (502, "server_error", "worker_failed"),
 }
 

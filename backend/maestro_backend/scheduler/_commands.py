@@ -16,6 +16,7 @@ class RejectReason(StrEnum):
     MODEL_FAILED = "model_failed"
     QUEUE_FULL = "queue_full"
     RETRIES_EXHAUSTED = "retries_exhausted"
+    NO_NODE = "no_node"
 
 
 @dataclass(frozen=True, slots=True)

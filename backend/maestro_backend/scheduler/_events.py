@@ -148,11 +148,16 @@ class CallFinished:
 
 @dataclass(frozen=True, slots=True)
 class CallFailed:
-    """The engine failed the call. `retryable`: no byte has reached the client yet."""
+    """The engine failed the call.
+
+    `retryable`: no byte has reached the client yet. `worker_lost`: the worker itself is broken or
+    gone; without it, the engine is well and answered this one call with an error.
+    """
 
     call: str
     reason: str
     retryable: bool = False
+    worker_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)

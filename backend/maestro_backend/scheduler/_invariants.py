@@ -46,6 +46,8 @@ def _reservations(calls: CallTable, ledger: Ledger) -> list[str]:
         running = set(calls.on_worker(worker))
         if stray := set(claim.reservations) - running:
             broken.append(f"{worker} holds reservations of calls not running there: {stray}")
+        if bare := running - set(claim.reservations):
+            broken.append(f"calls run on {worker} without a reservation: {bare}")
         if claim.kv_reserved > claim.kv_limit:
             broken.append(f"{worker} reserved {claim.kv_reserved} of {claim.kv_limit} KV bytes")
     return broken

@@ -61,10 +61,12 @@ class Ledger:
         """Promise a worker its memory, or bring its claim up to date with what it reports."""
         device = device_key(info.node, info.device)
         old = self.claims.get(info.worker)
-        kept = old.reservations if old else {}
-        self.claims[info.worker] = Claim(
-            info.worker, device, info.weights_bytes, info.kv_limit_bytes, info.residual_bytes, kept
+        claim = Claim(
+            info.worker, device, info.weights_bytes, info.kv_limit_bytes, info.residual_bytes
         )
+        for call, size in (old.reservations if old else {}).items():
+            claim.reservations[call] = min(size, claim.kv_free)  # the limit may have shrunk
+        self.claims[info.worker] = claim
 
     def release_worker(self, worker: str) -> None:
         self.claims.pop(worker, None)
@@ -80,6 +82,11 @@ class Ledger:
             return False
         claim.reservations[call] = size
         return True
+
+    def restore(self, worker: str, call: str, size: int) -> None:
+        """Give a call that runs on the worker its reservation back, as far as there is room."""
+        claim = self.claims[worker]
+        claim.reservations.setdefault(call, min(size, claim.kv_free))
 
     def grow(self, worker: str, call: str, size: int) -> None:
         """Raise a reservation as far as there is room; it never shrinks."""

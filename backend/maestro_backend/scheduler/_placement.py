@@ -33,7 +33,17 @@ def best_worker(call: Call, candidates: list[WorkerInfo], calls: CallTable) -> W
     return min(candidates, key=load)
 
 
+def claim(worker: WorkerInfo, ledger: Ledger, calls: CallTable) -> None:
+    """Promise a worker its memory; calls that still run there keep or regain their share."""
+    ledger.claim(worker)
+    for call in calls.on_worker(worker.worker).values():
+        ledger.restore(worker.worker, call.call, _kv_bytes(call, worker))
+
+
 def reserve(call: Call, worker: WorkerInfo, ledger: Ledger) -> bool:
     """Hold the call's KV bytes on the worker; False when they do not fit now."""
-    size = call.request.kv_tokens * worker.kv_bytes_per_token
-    return ledger.reserve(worker.worker, call.call, size)
+    return ledger.reserve(worker.worker, call.call, _kv_bytes(call, worker))
+
+
+def _kv_bytes(call: Call, worker: WorkerInfo) -> int:
+    return call.request.kv_tokens * worker.kv_bytes_per_token

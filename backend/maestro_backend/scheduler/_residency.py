@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from ._calls import Call, CallTable
 from ._ledger import Ledger, device_key, need_bytes
 from ._nouns import Residency, WorkerInfo, WorkerState
-from ._runs import Run
+from ._placement import claim
+from ._runs import RunTable
 
 _COMING = (WorkerState.READY, WorkerState.STARTING, WorkerState.RESTARTING)
 
@@ -31,9 +32,22 @@ class World:
 
     workers: dict[str, WorkerInfo]
     calls: CallTable
-    runs: dict[str, Run]
+    runs: RunTable
     ledger: Ledger
     now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A model that should be on a device.
+
+    `oldest` is the oldest call that waits for it; `expected` says that a run will likely call it.
+    With neither it is a preload, for which nothing else makes room.
+    """
+
+    model: str
+    oldest: Call | None = None
+    expected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +84,13 @@ class Residencies:
         failure = self.failures.get(model)
         return failure if failure and now < failure.until else None
 
-    def fail(self, model: str, failure: Failure) -> None:
-        self.failures[model] = failure
-        if model in self.preload:
-            self.preload.remove(model)
-
     def plan(self, world: World) -> Iterator[Move]:
         """The moves to make now, most urgent first. The caller registers each in `moves`."""
         yield from self._finish_drains(world)
-        for model, oldest in self._demands(world):
-            if not self._settled(model, world):
-                yield from self._bring(model, oldest, world)
+        for demand in self._demands(world):
+            if not self._settled(demand.model, world):
+                yield from self._bring(demand, world)
+        self.preload.clear()
 
     def _finish_drains(self, world: World) -> Iterator[Move]:
         for worker, wanted_by in list(self.draining.items()):
@@ -90,19 +100,19 @@ class Residencies:
                 del self.draining[worker]
                 yield Move(worker, Residency.DISK)
 
-    def _demands(self, world: World) -> list[tuple[str, Call | None]]:
-        """Models that should be on a device, with their oldest queued call, most urgent first."""
+    def _demands(self, world: World) -> list[Demand]:
+        """Most urgent first: by the oldest waiting call, then expected, then preload."""
         oldest = [min(q.values(), key=_order) for q in world.calls.queues.values() if q]
-        demands: dict[str, Call | None] = {
-            call.request.model: call for call in sorted(oldest, key=_order)
+        expected = world.runs.expected
+        demands = {
+            c.request.model: Demand(c.request.model, c, c.request.model in expected)
+            for c in sorted(oldest, key=_order)
         }
-        for run in world.runs.values():
-            for call in run.forecast:
-                if run.expects(call.model):
-                    demands.setdefault(call.model, None)
+        for model in expected:
+            demands.setdefault(model, Demand(model, expected=True))
         for model in self.preload:
-            demands.setdefault(model, None)
-        return list(demands.items())
+            demands.setdefault(model, Demand(model))
+        return list(demands.values())
 
     def _settled(self, model: str, world: World) -> bool:
         """Whether nothing needs doing: there already, on its way, or not to be tried."""
@@ -115,22 +125,19 @@ class Residencies:
             for w in mine
         )
 
-    def _bring(self, model: str, oldest: Call | None, world: World) -> Iterator[Move]:
+    def _bring(self, demand: Demand, world: World) -> Iterator[Move]:
         leaving = self.closed()
         for worker in world.workers.values():
-            if worker.model != model or worker.worker in leaving:
+            if worker.model != demand.model or worker.worker in leaving:
                 continue
             device = device_key(worker.node, worker.device)
             short = need_bytes(worker) - world.ledger.free(device)
             if short <= 0:
-                if model in self.preload:
-                    self.preload.remove(model)
-                world.ledger.claim(worker)
+                claim(worker, world.ledger, world.calls)
                 yield Move(worker.worker, Residency.DEVICE)
-                return
-            if model not in self.preload or oldest is not None:
-                yield from self._make_room(worker, short, oldest, world)
-                return
+            elif demand.oldest is not None or demand.expected:
+                yield from self._make_room(worker, short, demand.oldest, world)
+            return
 
     def _make_room(
         self, wanted: WorkerInfo, short: int, oldest: Call | None, world: World
@@ -165,7 +172,7 @@ class Residencies:
         queued = world.calls.queued(worker.model).values()
         busy = bool(queued) or bool(world.calls.on_worker(worker.worker))
         if oldest is None:
-            return not busy and not any(r.expects(worker.model) for r in world.runs.values())
+            return not busy and worker.model not in world.runs.expected
         if not busy:
             return True
         waited = world.now - oldest.arrived >= self.patience_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from ._events import ForecastCall, RunStarted
@@ -19,6 +20,8 @@ class Run:
     tenant: str = "default"
     deadline: float | None = None
     forecast: tuple[ForecastCall, ...] = ()
+    models: frozenset[str] = frozenset()
+    """What the likely part of the forecast needs."""
     live_calls: set[str] = field(default_factory=set)
     paused_at: float | None = None
     last_seen: float = 0.0
@@ -43,6 +46,35 @@ class Run:
         likely = (c for c in self.forecast if c.probability >= LIKELY)
         return max((c.earliest_start_s + c.service_s for c in likely), default=0.0)
 
-    def expects(self, model: str) -> bool:
-        """Whether a likely coming call needs `model`."""
-        return any(c.model == model and c.probability >= LIKELY for c in self.forecast)
+
+class RunTable:
+    """All runs the scheduler knows, and how many of them expect each model."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[str, Run] = {}
+        self.expected: Counter[str] = Counter()
+
+    def get(self, run: str) -> Run | None:
+        return self.by_id.get(run)
+
+    def ensure(self, run: str, now: float) -> Run:
+        """The run, new if it was unknown; it has been seen now."""
+        state = self.by_id.setdefault(run, Run(run))
+        state.last_seen = now
+        return state
+
+    def believe(self, run: Run, forecast: tuple[ForecastCall, ...]) -> None:
+        """Replace the run's forecast."""
+        self.expected -= Counter(run.models)
+        run.forecast = forecast
+        run.models = frozenset(c.model for c in forecast if c.probability >= LIKELY)
+        self.expected += Counter(run.models)
+
+    def forget(self, run: Run) -> None:
+        self.believe(run, ())
+        self.by_id.pop(run.run, None)
+
+    def forget_if_over(self, run: Run) -> None:
+        """Forget a run that has ended, once its last call has too."""
+        if run.ended and not run.live_calls:
+            self.forget(run)

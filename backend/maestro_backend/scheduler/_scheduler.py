@@ -13,9 +13,9 @@ from ._commands import Abort, Command, Dispatch, Reject, RejectReason, SetReside
 from ._invariants import check
 from ._ledger import Ledger, device_key, need_bytes
 from ._nouns import Residency, WorkerInfo, WorkerState
-from ._placement import best_worker, open_workers, reserve
+from ._placement import best_worker, claim, open_workers, reserve
 from ._residency import Failure, Move, Residencies, World
-from ._runs import Run
+from ._runs import RunTable
 from .policies import Policy
 
 
@@ -25,6 +25,11 @@ class Settings:
 
     max_queued: int = 10_000
     max_attempts: int = 5
+    """Tries of a call whose worker was lost each time."""
+    max_error_attempts: int = 2
+    """Tries of a call that a healthy engine answers with an error."""
+    node_wait_s: float = 60.0
+    """With no node at all, calls wait so long for one."""
     patience_s: float = 15.0
     """A waiting call drains another model's worker only after this long."""
     failure_pause_s: float = 30.0
@@ -44,12 +49,13 @@ class Scheduler:
     def __init__(self, policy: Policy, settings: Settings | None = None) -> None:
         self.policy = policy
         self.settings = settings or Settings()
-        self.runs: dict[str, Run] = {}
+        self.runs = RunTable()
         self.calls = CallTable()
         self.workers: dict[str, WorkerInfo] = {}
         self.ledger = Ledger()
         self.residencies = Residencies(self.settings.patience_s, self.settings.pinned)
         self._suspects: dict[str, float] = {}
+        self._nodeless_since: float | None = 0.0
         self._commands = 0
         self._handlers: dict[type, Callable[[Any, float], Iterator[Command]]] = {
             ev.RunStarted: self._run_started,
@@ -91,17 +97,12 @@ class Scheduler:
         Raises:
             InvariantError: one is broken; the message tells which.
         """
-        check(self.calls, self.workers, self.ledger, self.runs)
+        check(self.calls, self.workers, self.ledger, self.runs.by_id)
 
     # --- runs -----------------------------------------------------------------------------------
 
-    def _run(self, run: str, now: float) -> Run:
-        state = self.runs.setdefault(run, Run(run))
-        state.last_seen = now
-        return state
-
     def _run_started(self, event: ev.RunStarted, now: float) -> Iterator[Command]:
-        self._run(event.run, now).start(event, now)
+        self.runs.ensure(event.run, now).start(event, now)
         yield from ()
 
     def _run_seen(
@@ -115,7 +116,7 @@ class Scheduler:
         yield from ()
 
     def _forecast_changed(self, event: ev.ForecastChanged, now: float) -> Iterator[Command]:
-        self._run(event.run, now).forecast = event.calls
+        self.runs.believe(self.runs.ensure(event.run, now), event.calls)
         yield from ()
 
     def _run_paused(self, event: ev.RunPaused, now: float) -> Iterator[Command]:
@@ -130,13 +131,10 @@ class Scheduler:
 
     def _run_ended(self, event: ev.RunEnded, now: float) -> Iterator[Command]:
         if run := self.runs.get(event.run):
-            run.forecast, run.ended = (), True
-            self._forget(run)
+            self.runs.believe(run, ())
+            run.ended = True
+            self.runs.forget_if_over(run)
         yield from ()
-
-    def _forget(self, run: Run) -> None:
-        if run.ended and not run.live_calls:
-            self.runs.pop(run.run, None)
 
     # --- calls ----------------------------------------------------------------------------------
 
@@ -148,9 +146,9 @@ class Scheduler:
             yield Reject(self._next_id(), event.call, reason, detail, retry_after_s)
             return
         self.calls.add(event, now)
-        run = self._run(event.run, now)
+        run = self.runs.ensure(event.run, now)
         run.live_calls.add(event.call)
-        run.ended = False
+        run.ended = event.run == event.call  # a call without a run is one of its own
 
     def _refusal(self, event: ev.CallArrived) -> tuple[RejectReason, str, float | None] | None:
         if self.workers and not any(w.model == event.model for w in self.workers.values()):
@@ -177,16 +175,18 @@ class Scheduler:
         call = self.calls.by_id.get(event.call)
         if call is None or call.worker is None:
             return
-        if event.retryable:
-            rest_s = self.settings.suspect_s * 2 ** (call.attempts - 1)
-            self._suspects[call.worker] = now + rest_s
+        limit = self.settings
+        attempts = limit.max_attempts if event.worker_lost else limit.max_error_attempts
         if not event.retryable:
             self._end(call, now)
-        elif call.attempts >= self.settings.max_attempts:
+        elif call.attempts >= attempts:
             self._end(call, now)
             detail = f"failed {call.attempts} times, last: {event.reason}"
             yield Reject(self._next_id(), event.call, RejectReason.RETRIES_EXHAUSTED, detail)
         else:
+            if event.worker_lost:
+                rest_s = limit.suspect_s * 2 ** (call.attempts - 1)
+                self._suspects[call.worker] = now + rest_s
             self.ledger.release(call.worker, call.call)
             self.calls.requeue(call)
 
@@ -206,7 +206,7 @@ class Scheduler:
         if run := self.runs.get(call.request.run):
             run.live_calls.discard(call.call)
             run.last_seen = now
-            self._forget(run)
+            self.runs.forget_if_over(run)
 
     # --- workers and memory ---------------------------------------------------------------------
 
@@ -215,7 +215,8 @@ class Scheduler:
             self.ledger.add_device(event.info.node, device)
         for info in event.info.workers:
             self._take(info, now)
-        self.residencies.preload.extend(event.preload)
+        self.residencies.preload = list(event.preload)
+        self._nodeless_since = None
         yield from ()
 
     def _worker_changed(self, event: ev.WorkerChanged, now: float) -> Iterator[Command]:
@@ -229,14 +230,14 @@ class Scheduler:
         if info.state is WorkerState.FAILED:
             self._failed(info, info.detail, now)
         elif info.state is not WorkerState.STOPPED:
-            self.ledger.claim(info)
+            claim(info, self.ledger, self.calls)
         elif not self.residencies.arriving(info.worker):
             self.ledger.release_worker(info.worker)
 
     def _failed(self, info: WorkerInfo, detail: str, now: float) -> None:
         self.ledger.release_worker(info.worker)
         until = now + self.settings.failure_pause_s
-        self.residencies.fail(info.model, Failure(until, detail))
+        self.residencies.failures[info.model] = Failure(until, detail)
 
     def _node_lost(self, event: ev.NodeLost, now: float) -> Iterator[Command]:
         """Its workers take no more calls; those running there fail one by one in the shell."""
@@ -247,6 +248,8 @@ class Scheduler:
         self.residencies.moves = {i: m for i, m in moves.items() if m.worker not in gone}
         for worker in gone:
             self.residencies.draining.pop(worker, None)
+        if not self.workers:
+            self._nodeless_since = now
         yield from ()
 
     def _memory_measured(self, event: ev.MemoryMeasured, now: float) -> Iterator[Command]:
@@ -259,14 +262,17 @@ class Scheduler:
 
     def _command_failed(self, event: ev.CommandFailed, now: float) -> Iterator[Command]:
         move = self.residencies.moves.pop(event.command, None)
-        if move and move.residency is Residency.DEVICE and move.worker in self.workers:
-            self._failed(self.workers[move.worker], event.reason, now)
+        worker = self.workers.get(move.worker) if move else None
+        brought = move is not None and move.residency is Residency.DEVICE
+        if brought and worker is not None and worker.state is not WorkerState.READY:
+            self._failed(worker, event.reason, now)
         yield from ()
 
     def _tick(self, event: ev.Tick, now: float) -> Iterator[Command]:
         limit = now - self.settings.run_idle_s
-        for run in [r for r in self.runs.values() if r.last_seen < limit and not r.live_calls]:
-            del self.runs[run.run]
+        idle = [r for r in self.runs.by_id.values() if r.last_seen < limit and not r.live_calls]
+        for run in idle:
+            self.runs.forget(run)
         yield from ()
 
     # --- planning -------------------------------------------------------------------------------
@@ -289,6 +295,9 @@ class Scheduler:
                     yield Reject(self._next_id(), call.call, reason, detail, retry_after_s)
 
     def _hopeless(self, model: str, now: float) -> tuple[RejectReason, str, float | None] | None:
+        since = self._nodeless_since
+        if since is not None and now - since >= self.settings.node_wait_s:
+            return RejectReason.NO_NODE, "no node is there to serve this model", 5.0
         mine = [w for w in self.workers.values() if w.model == model]
         living = [w for w in mine if w.state not in (WorkerState.STOPPED, WorkerState.FAILED)]
         if living or any(self.residencies.arriving(w.worker) for w in mine):

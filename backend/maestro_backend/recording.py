@@ -8,7 +8,9 @@ recording replays to the same decisions after any retraining.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,16 +21,27 @@ from maestro_agents.protocol import ConfigError
 from maestro_backend.scheduler import Command, Event, Scheduler, Settings, decode_event, encode
 from maestro_backend.scheduler.policies import policy
 
+_log = logging.getLogger("maestro.recording")
+
 VERSION = 1
 _SETTINGS = TypeAdapter(Settings)
 
 
 class Recorder:
-    """Appends to a file, line-buffered. Never holds prompt text: events carry only counts."""
+    """Writes a file, line by line. Never holds prompt text: events carry only counts.
+
+    A disk that fails later on ends the recording, not the serving; it is logged once.
+
+    Raises:
+        ConfigError: the file cannot be opened.
+    """
 
     def __init__(self, path: Path, scheduler: Scheduler) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = path.open("w", encoding="utf-8", buffering=1)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] | None = path.open("w", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise ConfigError(f"cannot record to {path}: {error.strerror}") from error
         self.path = path
         self._write(
             {
@@ -43,10 +56,19 @@ class Recorder:
         self._write(line)
 
     def close(self) -> None:
-        self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        except OSError as error:
+            _log.error("recording to %s ends here: %s", self.path, error.strerror)
+            self.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,11 @@ async def gateway(
             serving(config, node, host="127.0.0.1", port=0, api_key=api_key, recording=recording)
         )
         base = served.url.removesuffix("/v1")
-        http = await stack.enter_async_context(httpx.AsyncClient(base_url=base, timeout=30))
+        http = await stack.enter_async_context(
+            httpx.AsyncClient(
+                base_url=base, timeout=30, headers={"content-type": "application/json"}
+            )
+        )
         made = Gateway(served, node, stubs, http)
         await made.until(lambda: len(served.shell.scheduler.workers) == len(workers))
         yield made

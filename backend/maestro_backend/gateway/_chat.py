@@ -7,11 +7,11 @@ import json
 import logging
 import uuid
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from maestro_agents.protocol import (
     HEADER_PREDICTED_TOKENS,
@@ -28,13 +28,14 @@ from maestro_backend.scheduler import (
     CallProgress,
 )
 
-from ._errors import ApiError, invalid
+from ._errors import ApiError
 from ._models import ModelTable
 from ._records import CallRecord, CallStatus
-from ._request import MAX_BODY_BYTES, ChatRequest, parse_chat
+from ._reply import ClientGone, Reply, read_body, until_disconnected
+from ._request import ChatRequest, parse_chat
 from ._shell import Placement, Shell
 from ._sse import StreamReader, Usage
-from ._upstream import Upstream, WorkerLost
+from ._upstream import EngineError, Upstream, WorkerLost
 
 _log = logging.getLogger("maestro.gateway")
 
@@ -43,36 +44,21 @@ _PROGRESS_EVERY = 16
 """Streamed events between two progress reports."""
 
 
-class ClientGone(Exception):
-    """The client closed its connection."""
-
-
 @dataclass(slots=True)
-class _Reply:
-    """The client's side of one call: what has been sent, and how to send."""
+class _Call:
+    """One call on its way through the gateway.
 
-    send: Send
-    headers: dict[str, str] = field(default_factory=dict)
-    begun: bool = False
+    `usage` or `failure` is set once the engine has said everything: a client may leave before we
+    are done with it, and has had its call all the same.
+    """
+
+    request: ChatRequest
+    shape: CallShape
+    prediction: Prediction
+    record: CallRecord
+    reply: Reply
     usage: Usage | None = None
-    """Set when the engine has said everything: a client may leave before we are done with it."""
-
-    async def begin(self, status: int, content_type: str) -> None:
-        headers = {**self.headers, "content-type": content_type}
-        encoded = [(k.encode(), v.encode()) for k, v in headers.items()]
-        await self.send({"type": "http.response.start", "status": status, "headers": encoded})
-        self.begun = True
-
-    async def body(self, data: bytes, *, more: bool) -> None:
-        await self.send({"type": "http.response.body", "body": data, "more_body": more})
-
-    async def error(self, error: ApiError) -> None:
-        if self.begun:
-            await self.body(error.sse(), more=False)
-            return
-        self.headers.update(error.headers())
-        await self.begin(error.status, "application/json")
-        await self.body(error.body(), more=False)
+    failure: str | None = None
 
 
 class ChatCompletions:
@@ -84,72 +70,59 @@ class ChatCompletions:
         self._models = models
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = _Reply(send)
+        reply = Reply(send)
         try:
-            raw = await _read(receive)
+            raw = await read_body(receive)
             headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-            request = parse_chat(raw, headers)
-            self._shell.metrics.bad_hints(request.bad_hints)
-            await self._until_gone(self._serve(request, reply), receive)
+            await self._until_gone(self._serve(raw, headers, reply), receive)
         except ApiError as error:
             await reply.error(error)
         except ClientGone:
             return
+        except Exception as error:
+            _log.exception("a call failed in the gateway")
+            await reply.error(ApiError(500, f"the gateway failed: {error}", "server_error"))
 
     async def _until_gone(self, work: Coroutine[Any, Any, None], receive: Receive) -> None:
         """Run `work`; cancel it when the client disconnects."""
         serving = asyncio.ensure_future(work)
-        watching = asyncio.ensure_future(_disconnected(receive))
+        watching = asyncio.ensure_future(until_disconnected(receive))
         try:
             await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 await serving
-            else:
-                serving.cancel()
-                await asyncio.gather(serving, return_exceptions=True)
         finally:
             serving.cancel()
             watching.cancel()
             await asyncio.gather(serving, watching, return_exceptions=True)
 
-    async def _serve(self, request: ChatRequest, reply: _Reply) -> None:
-        model = self._models.resolve(request.model)
-        shape = _shape(request, model)
-        prediction = self._shell.predictor.predict(shape)
-        record = self._arrive(request, shape, prediction)
-        reply.headers[HEADER_PREDICTED_TOKENS] = str(round(prediction.length.p50))
-        if (
-            request.identity.workflow
-            and request.identity.workflow not in self._shell.book.workflows
-        ):
-            reply.headers[HEADER_WORKFLOW] = "unknown"
+    async def _serve(self, raw: bytes, headers: dict[str, str], reply: Reply) -> None:
+        request = parse_chat(raw, headers)
+        self._shell.metrics.bad_hints(request.bad_hints)
+        call = self._arrive(request, self._models.resolve(request.model), reply)
         try:
-            await self._attempts(request, record, reply, model)
+            await self._attempts(call)
         except asyncio.CancelledError:
-            if reply.usage is not None:
-                self._finish(request, record, shape, reply.usage)
-            else:
-                self._end(request, record, CallStatus.CANCELLED, CallCancelled(record.call))
-            raise
-        except ApiError as error:
-            self._fail(request, record, error)
+            self._settle(call, cancelled=True)
             raise
         except Exception as error:
-            _log.exception("serving %s failed", record.call)
-            answer = ApiError(500, f"the gateway failed: {error}", "server_error")
-            self._fail(request, record, answer)
-            raise answer from error
-        self._finish(request, record, shape, reply.usage or Usage())
+            call.failure = str(error)
+            self._settle(call)
+            raise
+        self._settle(call)
 
-    def _arrive(self, request: ChatRequest, shape: CallShape, prediction: Prediction) -> CallRecord:
+    def _arrive(self, request: ChatRequest, model: str, reply: Reply) -> _Call:
+        """Steps 3 and 4: predict, learn where the run stands, enter the global order."""
         shell, identity = self._shell, request.identity
-        call = f"call-{uuid.uuid4().hex[:16]}"
+        shape = _shape(request, model)
+        prediction = shell.predictor.predict(shape)
+        name = f"call-{uuid.uuid4().hex[:16]}"
         events, lead_s = shell.book.call_arrived(
             identity, request.annotation.announcement, shape, request.annotation.slo, shell.now()
         )
         shell.handle(*events)
         record = CallRecord(
-            call=call,
+            call=name,
             run=identity.run or "",
             workflow=shape.workflow,
             stage=shape.stage,
@@ -161,8 +134,8 @@ class ChatCompletions:
             lead_s=lead_s,
         )
         arrival = CallArrived(
-            call=call,
-            run=identity.run or call,
+            call=name,
+            run=identity.run or name,
             stage=shape.stage,
             model=shape.model,
             length=prediction.length,
@@ -174,104 +147,109 @@ class ChatCompletions:
             prompt_tokens=prediction.prompt_tokens,
             waits_for=shell.book.waits_for(identity),
         )
+        reply.headers[HEADER_PREDICTED_TOKENS] = str(round(prediction.length.p50))
+        if identity.workflow and identity.workflow not in shell.book.workflows:
+            reply.headers[HEADER_WORKFLOW] = "unknown"
         shell.arrive(record, arrival)
-        return record
+        return _Call(request, shape, prediction, record, reply)
 
-    async def _attempts(
-        self, request: ChatRequest, record: CallRecord, reply: _Reply, model: str
-    ) -> None:
+    async def _attempts(self, call: _Call) -> None:
         """Dispatch as often as the scheduler allows, until a first byte has reached the client."""
         while True:
-            place = await self._shell.place(record)
-            reply.headers[HEADER_WORKER] = place.worker
-            reply.headers[HEADER_QUEUE_MS] = str(round(record.queued_s() * 1000))
+            place = await self._shell.place(call.record)
+            call.reply.headers[HEADER_WORKER] = place.worker
+            call.reply.headers[HEADER_QUEUE_MS] = str(round(call.record.queued_s() * 1000))
             try:
-                await self._forward(request, record, reply, place, model)
+                await self._forward(call, place)
                 return
-            except WorkerLost as error:
-                if reply.begun:
+            except EngineError as error:
+                if call.reply.begun:
                     message = f"the worker was lost in mid-stream ({error}); please try again"
                     raise ApiError(502, message, "server_error", "worker_lost") from error
-                self._shell.retry(record, str(error))
+                lost = isinstance(error, WorkerLost)
+                self._shell.retry(call.record, str(error), worker_lost=lost)
 
-    async def _forward(
-        self,
-        request: ChatRequest,
-        record: CallRecord,
-        reply: _Reply,
-        place: Placement,
-        model: str,
-    ) -> None:
-        body = request.upstream_body(model, place.priority)
-        headers = {"x-request-id": record.call, **request.trace}
+    async def _forward(self, call: _Call, place: Placement) -> None:
+        """Step 7: to the worker and back."""
+        body = call.request.upstream_body(call.shape.model, place.priority)
+        headers = {"x-request-id": call.record.call, **call.request.trace}
         async with self._upstream.post(place.address, _PATH, body, headers) as response:
-            if request.stream and response.status_code == 200:
-                await self._stream(request, record, reply, response)
+            if call.request.stream and response.status_code == 200:
+                await self._stream(call, response)
                 return
             data = await response.aread()
             if response.status_code == 200:
-                reply.usage = Usage.of(json.loads(data))
+                call.usage = _usage(data)
+            else:
+                call.failure = f"HTTP {response.status_code}: {data[:300].decode(errors='replace')}"
             content_type = response.headers.get("content-type", "application/json")
-            await reply.begin(response.status_code, content_type)
-            await reply.body(data, more=False)
+            await call.reply.begin(response.status_code, content_type)
+            await call.reply.body(data, more=False)
 
-    async def _stream(
-        self, request: ChatRequest, record: CallRecord, reply: _Reply, response: httpx.Response
-    ) -> None:
-        reader = StreamReader(forward_usage=request.wants_usage)
+    async def _stream(self, call: _Call, response: httpx.Response) -> None:
+        reader = StreamReader(forward_usage=call.request.wants_usage)
+        record, reply = call.record, call.reply
         reported = 0
         async for chunk in response.aiter_raw():
             data = reader.feed(chunk)
             if not data:
                 continue
             if not reply.begun:
+                if reader.error:
+                    raise EngineError(reader.error)
                 record.first_token = self._shell.now()
                 self._shell.publish(record)
                 await reply.begin(200, response.headers.get("content-type", "text/event-stream"))
             record.output_tokens = max(0, reader.events - 1)
             if reader.done:
-                reply.usage = reader.usage or Usage(0, record.output_tokens)
+                call.failure = reader.error
+                call.usage = reader.usage or Usage(0, record.output_tokens)
             await reply.body(data, more=not reader.done)
-            if reader.events - reported >= _PROGRESS_EVERY:
-                reported = reader.events
-                progress = CallProgress(record.call, record.prompt_tokens, reader.events)
-                self._shell.handle(progress)
+            if reader.events >= reported:
+                reported = reader.events + _PROGRESS_EVERY
+                self._progress(call, reported)
         if not reader.done:
             raise WorkerLost("the stream ended before its end")
 
-    def _finish(
-        self, request: ChatRequest, record: CallRecord, shape: CallShape, usage: Usage
-    ) -> None:
+    def _progress(self, call: _Call, tokens: int) -> None:
+        """Report what the next `_PROGRESS_EVERY` tokens will need, before they need it."""
+        prompt = call.prediction.prompt_tokens
+        self._shell.handle(CallProgress(call.record.call, prompt, tokens))
+
+    def _settle(self, call: _Call, *, cancelled: bool = False) -> None:
+        """Step 8. What the engine has said counts for more than how the connection ended."""
+        record = call.record
+        if call.failure is not None:
+            record.error = call.failure
+            status = CallStatus.FAILED if record.attempts else CallStatus.REJECTED
+            self._end(call, status, CallFailed(record.call, call.failure))
+        elif cancelled and call.usage is None:
+            self._end(call, CallStatus.CANCELLED, CallCancelled(record.call))
+        else:
+            usage = call.usage or Usage()
+            self._learn(call, usage)
+            counts = (usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
+            self._end(call, CallStatus.DONE, CallFinished(record.call, *counts))
+
+    def _learn(self, call: _Call, usage: Usage) -> None:
+        record = call.record
         record.prompt_tokens, record.output_tokens = usage.prompt_tokens, usage.output_tokens
         record.cached_tokens = usage.cached_tokens
-        now, sent = self._shell.now(), record.dispatched or record.arrived
+        sent = record.dispatched or record.arrived
         outcome = CallOutcome(
             prompt_tokens=usage.prompt_tokens,
             output_tokens=usage.output_tokens,
             cached_tokens=usage.cached_tokens,
             first_s=None if record.first_token is None else record.first_token - sent,
-            total_s=now - sent,
+            total_s=self._shell.now() - sent,
         )
-        self._shell.predictor.learn(shape, outcome)
-        counts = (usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
-        self._end(request, record, CallStatus.DONE, CallFinished(record.call, *counts))
-
-    def _fail(self, request: ChatRequest, record: CallRecord, error: ApiError) -> None:
-        record.error = error.message
-        rejected = record.attempts == 0
-        status = CallStatus.REJECTED if rejected else CallStatus.FAILED
-        event = None if rejected else CallFailed(record.call, error.message)
-        self._end(request, record, status, event)
+        self._shell.predictor.learn(call.shape, outcome)
 
     def _end(
-        self,
-        request: ChatRequest,
-        record: CallRecord,
-        status: CallStatus,
-        event: CallFinished | CallFailed | CallCancelled | None,
+        self, call: _Call, status: CallStatus, event: CallFinished | CallFailed | CallCancelled
     ) -> None:
-        self._shell.end(record, status, event)
-        self._shell.handle(*self._shell.book.call_ended(request.identity, self._shell.now()))
+        self._shell.end(call.record, status, event)
+        self._shell.handle(*self._shell.book.call_ended(call.request.identity, self._shell.now()))
 
 
 def _shape(request: ChatRequest, model: str) -> CallShape:
@@ -282,26 +260,12 @@ def _shape(request: ChatRequest, model: str) -> CallShape:
         role=request.annotation.role or "",
         prompt_bytes=request.prompt_bytes,
         max_tokens=request.max_tokens,
+        n=request.choices,
     )
 
 
-async def _read(receive: Receive) -> bytes:
-    """The whole body, up to 64 MiB."""
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message: Message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise invalid(f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB")
-        chunks.append(chunk)
-        if not message.get("more_body"):
-            return b"".join(chunks)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _usage(data: bytes) -> Usage:
+    try:
+        return Usage.of(json.loads(data)) or Usage()
+    except ValueError:  # not JSON: the client gets it as it is, there is nothing to learn
+        return Usage()

@@ -92,10 +92,13 @@ def _event(change: dict[str, Any]) -> bytes:
 
 
 async def _body(request: Request) -> bytes:
-    body = await request.body()
-    if len(body) > MAX_WORKFLOW_BYTES:
-        raise ApiError(413, f"the body is larger than {MAX_WORKFLOW_BYTES:,} bytes")
-    return body
+    """The body, read no further than the limit."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_WORKFLOW_BYTES:
+            raise ApiError(413, f"the body is larger than {MAX_WORKFLOW_BYTES:,} bytes")
+    return bytes(body)
 
 
 def _parse(model: type[_M], body: bytes) -> _M:

@@ -56,7 +56,7 @@ class CallRecord:
 
 
 class Records:
-    """The last 20,000 calls, by id and by run."""
+    """The live calls and the last 20,000 or so that ended, by id and by run."""
 
     def __init__(self) -> None:
         self.calls: OrderedDict[str, CallRecord] = OrderedDict()
@@ -66,13 +66,19 @@ class Records:
         self.calls[record.call] = record
         if record.run:
             self._by_run.setdefault(record.run, []).append(record.call)
-        while len(self.calls) > _MAX_CALLS:
-            _, old = self.calls.popitem(last=False)
-            mine = self._by_run.get(old.run, [])
-            if old.call in mine:
-                mine.remove(old.call)
+        if len(self.calls) > _MAX_CALLS:
+            self._drop_oldest_ended()
+
+    def _drop_oldest_ended(self) -> None:
+        """A live call's record is never dropped: the shell still writes to it."""
+        old = next((r for r in self.calls.values() if r.status in ENDED), None)
+        if old is None:
+            return
+        del self.calls[old.call]
+        if mine := self._by_run.get(old.run):
+            mine.remove(old.call)
             if not mine:
-                self._by_run.pop(old.run, None)
+                del self._by_run[old.run]
 
     def of_run(self, run: str) -> list[CallRecord]:
         return [self.calls[call] for call in self._by_run.get(run, ())]

@@ -13,6 +13,7 @@ from maestro_agents.protocol import BODY_KEY, MAX_ANNOTATION_BYTES, Annotation, 
 
 from ._errors import ApiError, invalid
 
+_TRACE = ("traceparent", "tracestate")
 MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
@@ -40,6 +41,10 @@ class ChatRequest:
     def max_tokens(self) -> int | None:
         value = self.body.get("max_completion_tokens") or self.body.get("max_tokens")
         return value if isinstance(value, int) else None
+
+    @property
+    def choices(self) -> int:
+        return self.body.get("n") or 1
 
     def upstream_body(self, model: str, priority: int) -> bytes:
         """What the engine gets: our key removed, its own model name, our priority."""
@@ -74,15 +79,26 @@ def parse_chat(raw: bytes, headers: Mapping[str, str]) -> ChatRequest:
             raise invalid(f"{where!r} must be a string such as 'user'", where)
     identity, bad_headers = CallIdentity.from_headers(headers)
     annotation, bad_keys = _annotation(body.get(BODY_KEY))
-    prompt = {"messages": body["messages"], "tools": body.get("tools")}
-    prompt_bytes = len(json.dumps(prompt, ensure_ascii=False).encode())
-    trace = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
+    trace = {n: v for n in _TRACE if (v := headers.get(n)) is not None and v.isascii()}
+    prompt_bytes = _prompt_bytes(body)
     return ChatRequest(body, identity, annotation, prompt_bytes, trace, (*bad_headers, *bad_keys))
+
+
+def _prompt_bytes(body: dict[str, Any]) -> int:
+    """The size of what the model will read. A lone surrogate, which no UTF-8 has, is refused."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+        prompt = {"messages": body["messages"], "tools": body.get("tools")}
+        return len(json.dumps(prompt, ensure_ascii=False).encode())
+    except UnicodeEncodeError as error:
+        raise invalid(f"the body holds text that is not Unicode: {error.reason}") from error
 
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw)
+    except RecursionError as error:
+        raise invalid("the body is nested too deeply") from error
     except ValueError as error:
         raise invalid(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -16,7 +15,7 @@ from maestro_agents.protocol import ConfigError
 from maestro_backend.config import Config
 from maestro_backend.node import NodeHandle
 
-from ._app import build_app
+from ._app import build_app, is_loopback
 from ._shell import Shell
 
 _DRAIN_S = 5
@@ -54,7 +53,7 @@ async def serving(
     Raises:
         ConfigError: the port is taken, or a non-loopback bind lacks an API key.
     """
-    if not api_key and not _is_loopback(host):
+    if not api_key and not is_loopback(host):
         raise ConfigError(f"{host} is open to others: set MAESTRO_API_KEY, or use --host 127.0.0.1")
     sock = _bind(host, port)
     async with Shell(config, node, recording).running() as shell:
@@ -75,15 +74,6 @@ async def serving(
             server.should_exit = True
             await task
             sock.close()
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bind(host: str, port: int) -> socket.socket:

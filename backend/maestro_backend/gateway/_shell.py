@@ -89,7 +89,10 @@ class Shell:
             if self._recorder:
                 self._recorder.record(now, event, commands)
             for command in commands:
-                self._execute(command)
+                try:
+                    self._execute(command)
+                except Exception:  # a defect of ours must not take the other commands with it
+                    _log.exception("could not carry out %s", command)
 
     def run_events(self, run: str, events: Iterable[RunEvent]) -> None:
         """Run events as posted by a client."""
@@ -112,23 +115,22 @@ class Shell:
         """
         return await self._places[record.call]
 
-    def retry(self, record: CallRecord, reason: str) -> None:
+    def retry(self, record: CallRecord, reason: str, *, worker_lost: bool) -> None:
         """The engine failed before the client saw a byte: the scheduler decides what now."""
         _log.warning("%s on %s failed, trying again: %s", record.call, record.worker, reason)
         record.status, record.error = CallStatus.QUEUED, reason
         record.dispatched = record.first_token = None
         self._places[record.call] = asyncio.get_running_loop().create_future()
         self.publish(record)
-        self.handle(core.CallFailed(record.call, reason, retryable=True))
+        self.handle(core.CallFailed(record.call, reason, True, worker_lost))
 
-    def end(self, record: CallRecord, status: CallStatus, event: core.Event | None) -> None:
-        """The call is over; `event` tells the scheduler how (None if it knows)."""
+    def end(self, record: CallRecord, status: CallStatus, event: core.Event) -> None:
+        """The call is over; `event` tells the scheduler how."""
         record.status, record.ended = status, self.now()
         place = self._places.pop(record.call, None)
-        if place is not None and not place.done():
-            place.cancel()
-        if event is not None:
-            self.handle(event)
+        if place is not None and not place.cancel() and not place.cancelled():
+            place.exception()  # seen: nobody waits for it any more
+        self.handle(event)
         self.metrics.call_ended(record)
         self.publish(record)
 
@@ -189,7 +191,7 @@ class Shell:
         while True:
             try:
                 info = await self._node.join()
-            except BackendError as error:
+            except Exception as error:  # whatever it is, the next try may work
                 _log.error("no node: %s", error)
                 await asyncio.sleep(_REJOIN_S)
                 continue
@@ -197,7 +199,7 @@ class Shell:
             try:
                 async for worker in self._node.changes():
                     self._worker_changed(worker)
-            except BackendError as error:
+            except Exception as error:
                 _log.warning("lost node %s, joining again: %s", info.node, error)
             self.handle(core.NodeLost(info.node))
 

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 
+_EVENT_END = re.compile(rb"(\r?\n\r?\n)")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
 
@@ -42,14 +43,16 @@ class StreamReader:
         self.usage: Usage | None = None
         self.events = 0
         self.done = False
+        self.error: str | None = None
+        """What the engine said went wrong inside its stream."""
         self._forward_usage = forward_usage
         self._rest = b""
 
     def feed(self, data: bytes) -> bytes:
         """Complete events to send on; an unfinished one waits for its end."""
-        *events, self._rest = (self._rest + data).split(b"\n\n")
-        taken = [event + b"\n\n" for event in events if not self.done and self._take(event)]
-        return b"".join(taken)
+        *parts, self._rest = _EVENT_END.split(self._rest + data)
+        events = zip(parts[::2], parts[1::2], strict=True)
+        return b"".join(e + end for e, end in events if not self.done and self._take(e))
 
     def _take(self, event: bytes) -> bool:
         """Whether the client gets this event."""
@@ -58,6 +61,8 @@ class StreamReader:
             return self._forward_usage
         if event.startswith(b"data: [DONE]"):
             self.done = True
+        elif event.startswith(b'data: {"error"'):
+            self.error = event.removeprefix(b"data: ").decode(errors="replace")[:500]
         else:
             self.events += 1
         return True

@@ -10,8 +10,12 @@ import httpx
 _HEADERS = {"content-type": "application/json"}
 
 
-class WorkerLost(Exception):
-    """The worker broke the connection, or answered 5xx: another try may help."""
+class EngineError(Exception):
+    """The engine answered this call with an error; another try may help."""
+
+
+class WorkerLost(EngineError):
+    """The worker broke the connection, or says itself that it is unwell."""
 
 
 class Upstream:
@@ -27,7 +31,8 @@ class Upstream:
         """Open a request; leaving the block early closes it, which aborts it in the engine.
 
         Raises:
-            WorkerLost: no connection, or a 5xx answer.
+            WorkerLost: no connection, or a 5xx answer of an engine that is not healthy.
+            EngineError: a 5xx answer of a healthy one.
         """
         headers = {**_HEADERS, **headers}
         client = self._client(address)
@@ -35,10 +40,17 @@ class Upstream:
             async with client.stream("POST", path, content=body, headers=headers) as response:
                 if response.status_code >= 500:
                     text = (await response.aread()).decode(errors="replace")
-                    raise WorkerLost(f"HTTP {response.status_code}: {text[:300]}")
+                    broken = EngineError if await self._healthy(address) else WorkerLost
+                    raise broken(f"HTTP {response.status_code}: {text[:300]}")
                 yield response
         except httpx.TransportError as error:
             raise WorkerLost(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+
+    async def _healthy(self, address: str) -> bool:
+        try:
+            return (await self._client(address).get("/health", timeout=5.0)).is_success
+        except httpx.TransportError:
+            return False
 
     def _client(self, address: str) -> httpx.AsyncClient:
         if address not in self._clients:

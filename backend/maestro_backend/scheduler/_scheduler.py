@@ -173,11 +173,11 @@ class Scheduler:
 
     def _call_failed(self, event: ev.CallFailed, now: float) -> Iterator[Command]:
         call = self.calls.by_id.get(event.call)
-        if call is None or call.worker is None:
+        if call is None or (call.worker is None and event.retryable):
             return
         limit = self.settings
         attempts = limit.max_attempts if event.worker_lost else limit.max_error_attempts
-        if not event.retryable:
+        if call.worker is None or not event.retryable:
             self._end(call, now)
         elif call.attempts >= attempts:
             self._end(call, now)

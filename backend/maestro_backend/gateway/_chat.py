@@ -195,7 +195,7 @@ class ChatCompletions:
             if not data:
                 continue
             if not reply.begun:
-                if reader.error:
+                if reader.error and not reader.events:
                     raise EngineError(reader.error)
                 record.first_token = self._shell.now()
                 self._shell.publish(record)

@@ -98,6 +98,8 @@ async def _serve_until(config: Config, options: argparse.Namespace, stop: asynci
             config, node, host=host, port=port, api_key=key, recording=options.record
         ) as served,
     ):
+        for line in config.unused():
+            _say(f"maestro: note: {line}")
         _say(f"maestro: listening on {served.url} (models: {', '.join(config.models)})")
         telling = asyncio.create_task(_tell_workers(served.shell.feed))
         await stop.wait()

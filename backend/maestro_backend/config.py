@@ -104,6 +104,8 @@ def _unknown_key(key: str, known: Mapping[str, object]) -> PydanticCustomError:
 class ModelConfig(_Section):
     """One model and how its engine is started. `kv_memory` is bytes per device.
 
+    `tensor_parallel` above 1 is not supported yet: real engines refuse it.
+
     `source`: a folder (relative to the config file), `hub:org/name`, `package:name` (a GGUF inside
     a Python package) or `random:tiny-llama`. None of the optional fields means the engine's
     default. `engine_args` go to the engine's command line as they are.
@@ -144,7 +146,8 @@ class NodeConfig(_Section):
     """A host. `memory` is the budget of each device in bytes, None for what is found there.
 
     No `devices` means: the GPUs, or the CPU where there are none. `disk_cache` holds fetched and
-    converted models.
+    converted models. `host_memory`, the budget in bytes of weights put aside in host memory, is not
+    used yet.
     """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[^/\s]+$")] = Field(
@@ -172,7 +175,10 @@ class SloConfig(_Section):
 
 
 class TenantConfig(_Section):
-    """A tenant's share: twice the `weight` is twice the service under contention."""
+    """A tenant's share: twice the `weight` is twice the service under contention.
+
+    Not used yet: every tenant is served alike.
+    """
 
     weight: Annotated[float, Field(gt=0)] = 1.0
 
@@ -225,10 +231,32 @@ class Config(_Section):
                         "models {first} and {second} are both served as {name}",
                         {"first": owners[name], "second": model, "name": repr(name)},
                     )
-        names = {node.name for node in self.nodes}
-        if not names or len(names) < len(self.nodes):
-            raise PydanticCustomError("nodes", "name at least one node, and each node differently")
         return self
+
+    @field_validator("nodes")
+    @classmethod
+    def _one_node(cls, nodes: tuple[NodeConfig, ...]) -> tuple[NodeConfig, ...]:
+        if not nodes:
+            raise PydanticCustomError("nodes", "describe one node, or leave nodes out")
+        if len(nodes) > 1:
+            raise PydanticCustomError(
+                "nodes", "several nodes arrive with the cluster step; keep one"
+            )
+        return nodes
+
+    def unused(self) -> tuple[str, ...]:
+        """One line for each setting that is given and does nothing yet."""
+        host_memory = (
+            f"nodes.{i}.host_memory is not used yet: models that make room go back to disk"
+            for i, node in enumerate(self.nodes)
+            if node.host_memory is not None
+        )
+        weights = (
+            f"tenants.{name}.weight is not used yet: every tenant is served alike"
+            for name, tenant in self.tenants.items()
+            if tenant.weight != 1
+        )
+        return (*host_memory, *weights)
 
     @classmethod
     def parse(cls, raw: object, base: Path | None = None) -> Config:

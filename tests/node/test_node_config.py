@@ -83,9 +83,10 @@ BAD = {
         {"models": {"a": TINY, "b": {**TINY, "served_names": ["a"]}}},
         ["'a'", "both served"],
     ),
-    "two nodes of a name": (
-        {**with_model(), "nodes": [{"name": "n"}, {"name": "n"}]},
-        ["differently"],
+    "no nodes": ({**with_model(), "nodes": []}, ["nodes", "one node"]),
+    "several nodes": (
+        {**with_model(), "nodes": [{"name": "n"}, {"name": "m"}]},
+        ["nodes: several nodes arrive with the cluster step; keep one"],
     ),
     "not a mapping": (["models"], ["section"]),
 }
@@ -118,3 +119,17 @@ def test_a_missing_or_broken_file(tmp_path: Path) -> None:
 def test_an_unknown_node() -> None:
     with pytest.raises(ConfigError, match="nobody"):
         Config.parse({**with_model(), "nodes": [{"name": "one"}]}).node("nobody")
+
+
+def test_what_is_given_and_not_used_yet_is_told() -> None:
+    given = {
+        "nodes": [{"host_memory": "4GiB"}],
+        "tenants": {"research": {"weight": 2}, "default": {"weight": 1}},
+        "slo": {"interactive": {"deadline": "5s"}},
+    }
+    unused = Config.parse({**with_model(), **given}).unused()
+    assert [line.split()[0] for line in unused] == [
+        "nodes.0.host_memory",
+        "tenants.research.weight",
+    ]
+    assert Config.parse(with_model()).unused() == ()

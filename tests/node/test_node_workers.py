@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -19,9 +22,11 @@ from node.nodes import MakeConfig, family, survivors, wait_for, worker_of
 from maestro_agents.protocol import BackendError, ConfigError
 from maestro_backend.config import Config
 from maestro_backend.node import LocalNode
-from maestro_backend.scheduler import Residency, WorkerState
+from maestro_backend.scheduler import Residency, WorkerInfo, WorkerState
+from maestro_backend.workers import ENGINES, Checkpoint, Launch, Memory, ServedModel, Worker
 
 DEVICE, DISK = Residency.DEVICE, Residency.DISK
+MIB = 1024**2
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +60,125 @@ async def test_a_started_worker_takes_calls(stub_config: MakeConfig) -> None:
         assert worker.max_model_len > 0
         assert (await chat(worker.address, "alias")).status_code == 200
         assert (await worker_of(node, "b")).state is WorkerState.STOPPED
+
+
+async def test_sizes_are_told_before_the_first_start(stub_config: MakeConfig) -> None:
+    """What is told of a stopped worker is what it takes: who plans with it is not refused."""
+    given = {"kv_memory": "100MiB", "max_num_seqs": 3, "max_model_len": 777}
+    async with LocalNode(stub_config(a=given)) as node:
+        stopped = await worker_of(node, "a")
+        await node.set_residency("a", DEVICE)
+        ready = await worker_of(node, "a")
+        for worker in (stopped, ready):
+            assert (worker.device, worker.weights_bytes) == ("cpu", 0)
+            assert (worker.kv_limit_bytes, worker.residual_bytes) == (100 * MIB, 64 * MIB)
+            assert (worker.kv_bytes_per_token, worker.max_inflight) == (1024, 3)
+            assert worker.max_model_len == 777
+
+
+async def test_what_the_kv_cache_lacks_to_a_block_stays_promised(stub_config: MakeConfig) -> None:
+    odd = 64 * MIB + 1000
+    async with LocalNode(stub_config(a={"kv_memory": odd})) as node:
+        await node.set_residency("a", DEVICE)
+        ready = await worker_of(node, "a")
+        assert ready.kv_limit_bytes == 64 * MIB
+        assert ready.kv_limit_bytes + ready.residual_bytes == odd + 64 * MIB
+
+
+def write_checkpoint(folder: Path, weights_bytes: int) -> None:
+    """A checkpoint as far as its sizes go; the weights are a hole in a file."""
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(
+        json.dumps({**shape, "max_position_embeddings": 2048, "dtype": "float32"})
+    )
+    with (folder / "model.safetensors").open("wb") as file:
+        file.truncate(weights_bytes)
+
+
+def real_model(source: Path) -> dict[str, str]:
+    """A model on vLLM for CPUs; it is never started here, so vLLM need not be installed."""
+    return {"source": str(source), "engine": "vllm-cpu", "python": sys.executable}
+
+
+async def test_a_checkpoint_on_disk_is_sized_before_the_first_start(
+    stub_config: MakeConfig, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "m", 300 * MIB)
+    async with LocalNode(stub_config(a=real_model(tmp_path / "m"))) as node:
+        worker = await worker_of(node, "a")
+        assert (worker.device, worker.state) == ("cpu", WorkerState.STOPPED)
+        assert (worker.weights_bytes, worker.kv_limit_bytes) == (300 * MIB, 1024 * MIB)
+        assert (worker.kv_bytes_per_token, worker.max_model_len) == (2 * 2 * 64 * 4, 2048)
+        assert worker.residual_bytes > 0
+
+
+async def test_sizes_learned_on_the_way_are_told_before_the_refusal(
+    stub_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The model comes to the disk after the agent has looked, and turns out to be too big."""
+    async with LocalNode(stub_config(a=real_model(tmp_path / "m"), memory="4GiB")) as node:
+        before = await worker_of(node, "a")
+        assert (before.weights_bytes, before.kv_bytes_per_token) == (0, 1)
+        assert before.kv_limit_bytes + before.residual_bytes < 4096 * MIB
+        write_checkpoint(tmp_path / "m", 2000 * MIB)
+        changes = node.changes()
+        seen = [await anext(changes)]
+        with pytest.raises(BackendError, match="does not fit yet: a needs"):
+            await node.set_residency("a", DEVICE)
+        while len(seen) == 1 or seen[-1].state is WorkerState.STARTING:
+            seen.append(await anext(changes))
+        assert {w.state for w in seen[1:-1]} == {WorkerState.STARTING}
+        assert seen[-2].weights_bytes == 2000 * MIB
+        refused = seen[-1]
+        assert refused == await worker_of(node, "a")
+        assert refused.state is WorkerState.STOPPED
+        assert refused.detail.startswith("does not fit yet: ")
+        assert (refused.weights_bytes, refused.max_model_len) == (2000 * MIB, 2048)
+
+
+StubEngine: Any = type(ENGINES["stub"])
+
+
+async def test_a_model_that_its_engine_fetches_is_sized_when_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    snapshot = tmp_path / "hf/hub/models--org--m/snapshots/1234"
+
+    class FromHub(StubEngine):
+        """Its start brings the checkpoint, as vLLM's does for a model on a hub."""
+
+        needs_checkpoint = True
+
+        def memory(self, model: ServedModel) -> Memory:
+            weights = model.checkpoint.weights_bytes("float32")
+            return Memory(weights, 64 * MIB, 64 * MIB)
+
+        def launch(self, *asked: Any) -> Launch:
+            write_checkpoint(snapshot, 5 * MIB)
+            started: Launch = super().launch(*asked)
+            return started
+
+    config = Config.parse({"models": {"m": {"source": "hub:org/m"}}})
+    told: list[WorkerInfo] = []
+    worker = Worker(
+        ServedModel("m", config.models["m"], Checkpoint("org/m", local=False)),
+        FromHub(),
+        node="here",
+        device="cpu",
+        address=tmp_path / "m.sock",
+        log=tmp_path / "m.log",
+        cache=tmp_path,
+        promise=lambda model, memory, device: contextlib.nullcontext(),
+        publish=told.append,
+    )
+    try:
+        await worker.start()
+        assert {w.weights_bytes for w in told if w.state is WorkerState.STARTING} == {0}
+        assert (told[-1].state, told[-1].weights_bytes) == (WorkerState.READY, 5 * MIB)
+    finally:
+        await worker.stop()
 
 
 async def test_settings_reach_the_engine(stub_config: MakeConfig) -> None:
@@ -103,6 +227,65 @@ async def test_a_quiet_agent_is_told_from_a_dead_one(stub_config: MakeConfig) ->
             os.kill(node.pid, signal.SIGCONT)
 
 
+async def test_a_wedged_agent_is_replaced(stub_config: MakeConfig) -> None:
+    async with LocalNode(stub_config(a={}), patience_s=3.0) as node:
+        await node.set_residency("a", DEVICE)
+        assert node.pid is not None
+        processes, wedged = family(node.pid), node.pid
+        os.kill(wedged, signal.SIGSTOP)
+        async with asyncio.timeout(30):
+            with pytest.raises(BackendError, match="agent is gone"):
+                await node.info()
+            joined = await node.join()
+        assert [w.state for w in joined.workers] == [WorkerState.STOPPED]
+        assert node.pid not in (None, wedged)
+        assert survivors(processes) == []
+        await node.set_residency("a", DEVICE)
+
+
+async def test_joining_leaves_an_agent_that_answers_alone(stub_config: MakeConfig) -> None:
+    async with LocalNode(stub_config(a={})) as node:
+        await node.set_residency("a", DEVICE)
+        pid = node.pid
+        joined = await node.join()
+        assert [w.state for w in joined.workers] == [WorkerState.READY]
+        assert node.pid == pid
+
+
+async def test_closing_a_wedged_agent_stops_everything(stub_config: MakeConfig) -> None:
+    node = await LocalNode(stub_config(a={})).start()
+    await node.set_residency("a", DEVICE)
+    assert node.pid is not None
+    processes = family(node.pid)
+    os.kill(node.pid, signal.SIGSTOP)
+    async with asyncio.timeout(20):
+        await node.close()
+    assert survivors(processes) == []
+
+
+@pytest.mark.parametrize("trouble", ["its log cannot be written", "its config is refused"])
+async def test_joining_fails_with_a_backend_error_only(
+    stub_config: MakeConfig, tmp_path: Path, trouble: str
+) -> None:
+    """An agent that died cannot be started again: whatever the reason, the text tells it."""
+    interpreter = tmp_path / "python"
+    interpreter.symlink_to(sys.executable)
+    config = stub_config(a={**real_model(tmp_path / "m"), "python": str(interpreter)})
+    async with LocalNode(config) as node:
+        assert node.pid is not None
+        os.kill(node.pid, signal.SIGKILL)
+        if trouble == "its config is refused":
+            interpreter.unlink()
+            words = f"there is no interpreter {interpreter}"
+        else:
+            logs = config.state_dir / "logs"
+            shutil.rmtree(logs)
+            logs.write_text("a file where the folder was")
+            words = str(logs)
+        with pytest.raises(BackendError, match=words):
+            await node.join()
+
+
 async def test_a_stopped_worker_leaves_no_process(stub_config: MakeConfig) -> None:
     async with LocalNode(stub_config(a={})) as node:
         await node.set_residency("a", DEVICE)
@@ -136,7 +319,7 @@ async def test_a_refusal_names_the_numbers(stub_config: MakeConfig) -> None:
             assert words in str(raised.value)
         refused = await worker_of(node, "b")
         assert refused.state is WorkerState.STOPPED
-        assert "does not fit" in refused.detail
+        assert refused.detail.startswith("does not fit yet: ")
         assert (await worker_of(node, "a")).state is WorkerState.READY
 
 

@@ -15,7 +15,15 @@ import pytest
 
 from maestro_agents.protocol import BackendError, ConfigError
 from maestro_backend.config import Config, ModelConfig
-from maestro_backend.workers import ENGINES, Checkpoint, ServedModel, fetch, telling_line
+from maestro_backend.workers import (
+    ENGINES,
+    Checkpoint,
+    ServedModel,
+    choose_engine,
+    fetch,
+    known_checkpoint,
+    telling_line,
+)
 
 SMOL = {
     "num_hidden_layers": 30,
@@ -110,6 +118,41 @@ def test_tensor_parallel_halves_what_each_device_holds() -> None:
     memory = ENGINES["vllm"].memory(model)
     assert memory.weights_bytes == 500
     assert ENGINES["vllm"].kv_bytes_per_token(model) == 30 * 3 * 64 * 2
+
+
+def test_tensor_parallel_waits_for_its_step() -> None:
+    with pytest.raises(ConfigError, match=r"models\.m: tensor_parallel > 1 is not supported yet"):
+        choose_engine("m", settings(tensor_parallel=2, python=sys.executable), ["cuda:0", "cuda:1"])
+    stub = settings(tensor_parallel=2, engine="stub")
+    assert choose_engine("m", stub, ["cpu"]) is ENGINES["stub"]
+
+
+def test_sizes_of_unusual_geometry_are_unknown() -> None:
+    """Some models write one number per layer: a worker of theirs reports what is known."""
+    for per_layer in ("num_attention_heads", "num_key_value_heads"):
+        checkpoint = Checkpoint("/models/m", True, 1000, {**SMOL, per_layer: [8, 16]})
+        assert checkpoint.kv_bytes_per_token("bfloat16") == 0
+    assert Checkpoint("/models/m").max_model_len is None
+
+
+def test_what_is_known_without_fetching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    places = {
+        str(tmp_path / "m"): tmp_path / "m",
+        "random:tiny-llama": tmp_path / "models/random-tiny-llama",
+        "package:some-model": tmp_path / "models/package-some-model",
+        "hub:org/m": tmp_path / "hf/hub/models--org--m/snapshots/1234",
+    }
+    for source, folder in places.items():
+        before = known_checkpoint(source, tmp_path)
+        assert before is None or before.stored_bytes == 0
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(SMOL))
+        (folder / "model.safetensors").write_bytes(b"x" * 10)
+        (folder / "broken.safetensors").symlink_to("nowhere")
+        known = known_checkpoint(source, tmp_path)
+        assert known is not None
+        assert (known.stored_bytes, known.max_model_len) == (10, 8192)
 
 
 async def test_a_folder_is_read_where_it_is(tmp_path: Path) -> None:

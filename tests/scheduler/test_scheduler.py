@@ -316,6 +316,17 @@ def test_a_failed_start_rejects_with_its_reason_and_is_tried_again_later() -> No
     assert isinstance(again, SetResidency)
 
 
+def test_a_model_whose_size_is_learned_at_its_start_is_planned_again() -> None:
+    unknown = replace(worker("b", state=WorkerState.STOPPED), weights_bytes=0)
+    core = scheduler(worker("a"), unknown, capacity=GIB + 5000)
+    [bring] = core.handle(arrival("x", model="b"), 1.0)
+    assert core.handle(WorkerChanged(replace(unknown, weights_bytes=GIB)), 2.0) == []
+    [away] = core.handle(CommandFailed(bring.id, "does not fit yet"), 2.1)
+    assert isinstance(away, SetResidency)
+    assert (away.model, away.residency) == ("a", Residency.DISK)
+    core.validate()
+
+
 def test_calls_wait_while_a_worker_restarts() -> None:
     core = scheduler(worker())
     core.handle(arrival("a"), 1.0)

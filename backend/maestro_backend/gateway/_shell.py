@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,8 @@ class Shell:
         except NodeLostError:
             return  # NodeLost clears the move: the model itself did not fail
         except BackendError as error:
+            with suppress(BackendError):
+                await self._refresh(command.model)
             self.handle(core.CommandFailed(command.id, str(error)))
         else:
             self.handle(core.CommandApplied(command.id))

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from maestro_agents.protocol import BackendError, UnsupportedError
 from maestro_backend.config import Config, NodeConfig
 from maestro_backend.scheduler import NodeInfo, Residency, WorkerInfo
-from maestro_backend.workers import Worker, cache_dir, choose_engine, file_name, socket_path
+from maestro_backend.workers import (
+    Checkpoint,
+    ServedModel,
+    Worker,
+    cache_dir,
+    choose_engine,
+    file_name,
+    known_checkpoint,
+    socket_path,
+)
 
 from ._devices import find_devices
 from ._ledger import Ledger
@@ -34,24 +43,33 @@ class Agent:
         self._devices = find_devices(node)
         self._listeners: set[asyncio.Queue[WorkerInfo | None]] = set()
         self._closed = False
+        self._workers = {w.info.model: w for w in self._make_workers(config, node, sockets)}
+        # Engines that start together on a GPU misjudge each other's memory.
+        on_cpu = [device.device for device in self._devices] == ["cpu"]
+        self._turns = asyncio.Semaphore(len(self._workers) if on_cpu else 1)
+
+    def _make_workers(self, config: Config, node: NodeConfig, sockets: Path) -> Iterator[Worker]:
+        """Each on the device that the workers before it leave the most room on."""
         ledger = Ledger(self._devices)
-        names = [device.device for device in self._devices]
-        self._workers = {
-            model: Worker(
+        cache = cache_dir(node.disk_cache)
+        room = {device.device: device.capacity_bytes for device in self._devices}
+        for name, settings in config.models.items():
+            engine = choose_engine(name, settings, list(room))
+            known = known_checkpoint(settings.source, cache) if engine.needs_checkpoint else None
+            model = ServedModel(name, settings, known or Checkpoint(settings.source))
+            device = max(room, key=lambda device: room[device])
+            room[device] -= engine.memory(model).total_bytes
+            yield Worker(
                 model,
-                settings,
-                choose_engine(model, settings, names),
+                engine,
                 node=node.name,
-                address=socket_path(sockets, model),
-                log=config.state_dir / "logs" / f"{file_name(model)}.log",
-                cache=cache_dir(node.disk_cache),
+                device=device,
+                address=socket_path(sockets, name),
+                log=config.state_dir / "logs" / f"{file_name(name)}.log",
+                cache=cache,
                 promise=ledger.promise,
                 publish=self._publish,
             )
-            for model, settings in config.models.items()
-        }
-        # Engines that start together on a GPU misjudge each other's memory.
-        self._turns = asyncio.Semaphore(len(self._workers) if names == ["cpu"] else 1)
 
     def info(self) -> NodeInfo:
         """The node as it is now."""

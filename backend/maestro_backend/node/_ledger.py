@@ -23,28 +23,24 @@ class Ledger:
         return self._capacity[device] - sum(self._held[device].values())
 
     @contextmanager
-    def promise(self, model: str, memory: Memory, count: int = 1) -> Iterator[tuple[str, ...]]:
-        """Hold `memory` for `model` on each of `count` devices, the emptiest ones, until the exit.
+    def promise(self, model: str, memory: Memory, device: str) -> Iterator[None]:
+        """Hold `memory` for `model` on `device` until the exit.
 
         Raises:
-            DoesNotFitError: fewer than `count` devices have that much free.
+            DoesNotFitError: the device has not that much free.
         """
-        emptiest = sorted(self._capacity, key=self.free_bytes, reverse=True)
-        fitting = [d for d in emptiest if self.free_bytes(d) >= memory.total_bytes][:count]
-        if len(fitting) < count:
-            raise DoesNotFitError(self._refusal(model, memory, emptiest[0]))
-        for device in fitting:
-            self._held[device][model] = memory.total_bytes
+        if memory.total_bytes > self.free_bytes(device):
+            raise DoesNotFitError(self._refusal(model, memory, device))
+        self._held[device][model] = memory.total_bytes
         try:
-            yield tuple(fitting)
+            yield
         finally:
-            for device in fitting:
-                del self._held[device][model]
+            del self._held[device][model]
 
     def _refusal(self, model: str, memory: Memory, device: str) -> str:
         held = ", ".join(f"{name} {_gib(size)}" for name, size in self._held[device].items())
         return (
-            f"{model} does not fit: it needs {_gib(memory.total_bytes)}"
+            f"does not fit yet: {model} needs {_gib(memory.total_bytes)}"
             f" (weights {_gib(memory.weights_bytes)}, KV {_gib(memory.kv_bytes)},"
             f" residual {_gib(memory.residual_bytes)}); {device} has"
             f" {_gib(self.free_bytes(device))} free of {_gib(self._capacity[device])}"

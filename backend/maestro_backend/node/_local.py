@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import httpx
+from pydantic import ValidationError
 
 from maestro_agents.protocol import BackendError, ConfigError
 from maestro_backend._tied import tied_environment
@@ -70,19 +73,29 @@ class LocalNode:
         return self
 
     async def join(self) -> NodeInfo:
-        """The node as it is now; an agent that died is started again first.
+        """The node as it is now; an agent that died, or is silent for `patience_s` seconds, is
+        replaced by another first.
 
         Raises:
             BackendError: the agent did not come up.
         """
-        if self._process is not None and self._process.poll() is not None:
-            await self.close()
-        await self.start()
-        return await self.info()
+        try:
+            if self._process is not None:
+                with suppress(NodeLostError):
+                    return await self.info()
+                self._kill()
+            await self.start()
+            return await self.info()
+        except (ConfigError, OSError, ValidationError) as error:
+            raise BackendError(f"the node agent cannot be joined: {error}") from error
 
     async def info(self) -> NodeInfo:
-        """The node's devices and workers as they are now."""
-        async with self._http() as http:
+        """The node's devices and workers as they are now.
+
+        Raises:
+            NodeLostError: the agent is gone, or silent for `patience_s` seconds.
+        """
+        async with self._http(self._patience_s) as http:
             return NODE_INFO.validate_json((await self._call(http, "GET", "/v1/node")).content)
 
     async def changes(self) -> AsyncIterator[WorkerInfo]:
@@ -114,16 +127,22 @@ class LocalNode:
             await self._call(http, "POST", "/v1/node/residency", wanted)
 
     async def close(self) -> None:
-        """Stop the agent and with it all its workers."""
+        """Stop the agent and with it all its workers; after a minute they are killed."""
+        try:
+            if self._process is not None:
+                self._process.terminate()
+                self._process.send_signal(signal.SIGCONT)  # a stopped process hears nothing else
+                with suppress(subprocess.TimeoutExpired):
+                    await asyncio.to_thread(self._process.wait, _STOP_LIMIT_S)
+        finally:
+            self._kill()
+
+    def _kill(self) -> None:
+        """Whatever is left of the agent ends at once; its workers are tied to it."""
         process, self._process = self._process, None
         if process is not None:
-            process.terminate()
-            try:
-                await asyncio.to_thread(process.wait, _STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            finally:
-                process.wait()
+            process.kill()
+            process.wait()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None

@@ -52,10 +52,11 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A change of residency that is under way."""
+    """A change of residency that is under way; `need` is what the worker was thought to take."""
 
     worker: str
     residency: Residency
+    need: int = 0
 
 
 @dataclass(slots=True)
@@ -77,7 +78,9 @@ class Residencies:
         return leaving | set(self.draining)
 
     def arriving(self, worker: str) -> bool:
-        return Move(worker, Residency.DEVICE) in self.moves.values()
+        return any(
+            m.worker == worker and m.residency is Residency.DEVICE for m in self.moves.values()
+        )
 
     def failure(self, model: str, now: float) -> Failure | None:
         """Why `model` is not tried now, if it is not."""

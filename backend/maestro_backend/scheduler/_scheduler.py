@@ -263,8 +263,11 @@ class Scheduler:
     def _command_failed(self, event: ev.CommandFailed, now: float) -> Iterator[Command]:
         move = self.residencies.moves.pop(event.command, None)
         worker = self.workers.get(move.worker) if move else None
-        brought = move is not None and move.residency is Residency.DEVICE
-        if brought and worker is not None and worker.state is not WorkerState.READY:
+        if move is None or worker is None or move.residency is not Residency.DEVICE:
+            return
+        if worker.state is WorkerState.STOPPED and need_bytes(worker) != move.need:
+            self.ledger.release_worker(worker.worker)  # its size is known only now: plan again
+        elif worker.state is not WorkerState.READY:
             self._failed(worker, event.reason, now)
         yield from ()
 
@@ -281,8 +284,9 @@ class Scheduler:
         world = World(self.workers, self.calls, self.runs, self.ledger, now)
         for move in self.residencies.plan(world):
             command = self._next_id()
-            self.residencies.moves[command] = Move(move.worker, move.residency)
             worker = self.workers[move.worker]
+            need = need_bytes(worker)
+            self.residencies.moves[command] = Move(move.worker, move.residency, need)
             yield SetResidency(command, worker.node, worker.model, move.residency)
 
     def _reject_hopeless(self, now: float) -> Iterator[Command]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._address import MAX_ADDRESS_BYTES, file_name, runtime_dir, socket_path
     from ._engine import ENGINES, Engine, Launch, Memory, ServedModel, choose_engine
-    from ._sources import Checkpoint, cache_dir, fetch
+    from ._sources import Checkpoint, cache_dir, fetch, known_checkpoint
     from ._telling import telling_line
     from ._worker import Backoff, DoesNotFitError, Worker
 
@@ -29,6 +29,7 @@ __all__ = [
     "choose_engine",
     "fetch",
     "file_name",
+    "known_checkpoint",
     "runtime_dir",
     "socket_path",
     "telling_line",

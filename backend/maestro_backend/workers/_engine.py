@@ -23,6 +23,7 @@ GiB = 1024**3
 MiB = 1024**2
 
 _CPU_MAX_MODEL_LEN = 4096
+_STUB_MAX_MODEL_LEN = 32_768
 _STUB_BYTES_PER_TOKEN = 1024
 _STUB_BLOCK_SIZE = 16
 
@@ -86,10 +87,16 @@ class Engine(Protocol):
         """Why it cannot run on `devices`, or "" where it can."""
 
     def memory(self, model: ServedModel) -> Memory:
-        """What the worker will take, as promised to the ledger before the start."""
+        """What the worker will take, as promised to the ledger before the start.
+
+        Of a checkpoint that is not here yet only the weights are missing: they count 0.
+        """
 
     def kv_bytes_per_token(self, model: ServedModel) -> int:
         """KV bytes of one token on each device; 0 while unknown."""
+
+    def max_model_len(self, model: ServedModel) -> int | None:
+        """Longest context in tokens; None where the engine takes it from the checkpoint."""
 
     def max_num_seqs(self, settings: ModelConfig) -> int:
         """Most calls that run at once."""
@@ -247,6 +254,9 @@ class Stub:
     def kv_bytes_per_token(self, model: ServedModel) -> int:
         return _STUB_BYTES_PER_TOKEN
 
+    def max_model_len(self, model: ServedModel) -> int:
+        return model.settings.max_model_len or _STUB_MAX_MODEL_LEN
+
     def max_num_seqs(self, settings: ModelConfig) -> int:
         return settings.max_num_seqs or 64
 
@@ -256,7 +266,7 @@ class Stub:
         arguments = {
             "uds": address,
             "max_num_seqs": self.max_num_seqs(settings),
-            "max_model_len": settings.max_model_len,
+            "max_model_len": self.max_model_len(model),
             "kv_blocks": tokens // _STUB_BLOCK_SIZE,
             "block_size": _STUB_BLOCK_SIZE,
             **settings.engine_args,
@@ -282,8 +292,8 @@ def choose_engine(name: str, settings: ModelConfig, devices: Sequence[str]) -> E
         chosen = "vllm" if devices[0].startswith("cuda:") else "vllm-cpu"
     engine = ENGINES[chosen]
     refusal = engine.refusal(settings, devices) or _meddling(settings.engine_args)
-    if settings.tensor_parallel > len(devices) and chosen != "stub":
-        refusal = f"tensor_parallel is {settings.tensor_parallel}, the node has {len(devices)}"
+    if settings.tensor_parallel > 1 and chosen != "stub":
+        refusal = "tensor_parallel > 1 is not supported yet: a worker has one device; leave it out"
     if refusal:
         raise ConfigError(f"models.{name}: {refusal}")
     return engine

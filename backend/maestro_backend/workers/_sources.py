@@ -52,7 +52,7 @@ class Checkpoint:
     @property
     def max_model_len(self) -> int | None:
         """The longest context the model was made for, in tokens."""
-        return self.geometry.get("max_position_embeddings")
+        return _whole(self.geometry, "max_position_embeddings") or None
 
     def weights_bytes(self, dtype: str) -> int:
         """Bytes of the weights when served as `dtype`: the file size times the dtypes' ratio.
@@ -66,12 +66,19 @@ class Checkpoint:
     def kv_bytes_per_token(self, dtype: str) -> int:
         """2 (key, value) x layers x KV heads x head size x bytes of `dtype`; 0 while unknown."""
         shape = self.geometry
-        if "num_hidden_layers" not in shape or "num_attention_heads" not in shape:
-            return 0
-        heads: int = shape["num_attention_heads"]
-        kv_heads: int = shape.get("num_key_value_heads") or heads
-        head_size: int = shape.get("head_dim") or shape["hidden_size"] // heads
-        return 2 * int(shape["num_hidden_layers"]) * kv_heads * head_size * DTYPE_BYTES[dtype]
+        layers = _whole(shape, "num_hidden_layers")
+        heads = _whole(shape, "num_attention_heads")
+        grouped = shape.get("num_key_value_heads") is not None
+        kv_heads = _whole(shape, "num_key_value_heads") if grouped else heads
+        whole = _whole(shape, "hidden_size")
+        head_size = _whole(shape, "head_dim") or (whole // heads if heads else 0)
+        return 2 * layers * kv_heads * head_size * DTYPE_BYTES[dtype]
+
+
+def _whole(shape: Mapping[str, Any], key: str) -> int:
+    """A number of `config.json`; 0 where it is missing or, as in some models, one per layer."""
+    value = shape.get(key)
+    return value if isinstance(value, int) else 0
 
 
 def cache_dir(disk_cache: Path | None = None) -> Path:
@@ -99,12 +106,29 @@ async def fetch(
         return _on_hub(name)
     if scheme == "random" and name != "tiny-llama":
         raise ConfigError(f"no random model is called {name!r}; there is random:tiny-llama")
-    folder = cache / "models" / re.sub(r"[^\w.-]+", "-", f"{scheme}-{name}")
+    folder = _made_folder(cache, scheme, name)
     if not folder.is_dir():
         async with _exclusive(folder.with_name(f"{folder.name}.lock"), progress):
             if not folder.is_dir():
                 await _make(scheme, name, folder, python, progress)
     return read_checkpoint(folder)
+
+
+def known_checkpoint(source: str, cache: Path) -> Checkpoint | None:
+    """What the local disk tells of `source` now; nothing is fetched. None while it tells nothing,
+    whatever the reason: `fetch` says it better.
+    """
+    scheme, colon, name = source.partition(":")
+    try:
+        if scheme == "hub":
+            return _on_hub(name)
+        return read_checkpoint(_made_folder(cache, scheme, name) if colon else Path(source))
+    except (ConfigError, OSError):
+        return None
+
+
+def _made_folder(cache: Path, scheme: str, name: str) -> Path:
+    return cache / "models" / re.sub(r"[^\w.-]+", "-", f"{scheme}-{name}")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -114,8 +138,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         ConfigError: it is not one; the message names the other ways to write a source.
     """
     try:
-        geometry = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        geometry = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{folder} is not a model folder (it needs a config.json); a model on a hub is written"
             " hub:org/name"
@@ -123,7 +147,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     weights = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
     return Checkpoint(
         path=str(folder),
-        stored_bytes=sum(file.stat().st_size for file in weights),
+        stored_bytes=sum(file.stat().st_size for file in weights if file.is_file()),
         geometry=geometry.get("text_config") or geometry,
     )
 

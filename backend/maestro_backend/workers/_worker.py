@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from maestro_agents.protocol import BackendError, MaestroError
-from maestro_backend.config import ModelConfig
 from maestro_backend.scheduler import Residency, WorkerInfo, WorkerState
 
 from ._engine import Engine, Memory, ServedModel
@@ -37,8 +36,8 @@ class DoesNotFitError(BackendError):
     """The device has too little memory left for this worker; the message holds the numbers."""
 
 
-Promise = Callable[[str, Memory, int], AbstractContextManager[tuple[str, ...]]]
-"""(model, bytes of each device, number of devices) -> the devices, held until the exit.
+Promise = Callable[[str, Memory, str], AbstractContextManager[None]]
+"""(model, bytes, device): the bytes are held until the exit.
 
 Raises DoesNotFitError where the bytes are not free.
 """
@@ -64,17 +63,17 @@ class Backoff:
 class Worker:
     """One model's engine process on this node, kept alive until it is stopped.
 
-    `address` is the unix socket it will listen on, `promise` reserves its memory, `publish` is told
-    of each change.
+    `model` is what is known of it before anything is fetched, `device` where it runs, `address` the
+    unix socket it will listen on. `promise` reserves its memory, `publish` is told of each change.
     """
 
     def __init__(
         self,
-        model: str,
-        settings: ModelConfig,
+        model: ServedModel,
         engine: Engine,
         *,
         node: str,
+        device: str,
         address: Path,
         log: Path,
         cache: Path,
@@ -83,7 +82,6 @@ class Worker:
         backoff: Backoff | None = None,
     ) -> None:
         self._model = model
-        self._settings = settings
         self._engine = engine
         self._address = address
         self._log = log
@@ -95,14 +93,14 @@ class Worker:
         self._task: asyncio.Task[None] | None = None
         self._ready = _future()
         self.info = WorkerInfo(
-            worker=f"{node}/{model}",
+            worker=f"{node}/{model.name}",
             node=node,
-            device="",
-            model=model,
+            device=device,
+            model=model.name,
             state=WorkerState.STOPPED,
             residency=Residency.DISK,
-            max_inflight=engine.max_num_seqs(settings),
-            max_model_len=settings.max_model_len or 0,
+            max_inflight=engine.max_num_seqs(model.settings),
+            **self._sizes(),
         )
 
     async def start(self) -> None:
@@ -115,7 +113,7 @@ class Worker:
         async with self._change:
             if self._task is None or self._task.done():
                 self._ready = _future()
-                self._task = asyncio.create_task(self._run(), name=f"worker {self._model}")
+                self._task = asyncio.create_task(self._run(), name=f"worker {self.info.model}")
         await asyncio.shield(self._ready)
 
     async def stop(self) -> None:
@@ -126,16 +124,18 @@ class Worker:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-            self._fail(BackendError(f"{self._model} was stopped before it was ready"))
+            self._fail(BackendError(f"{self.info.model} was stopped before it was ready"))
             self._set(WorkerState.STOPPED, detail="")
 
     async def _run(self) -> None:
         try:
             self._set(WorkerState.STARTING, detail="looking for the model")
-            model = ServedModel(self._model, self._settings, await self._fetch())
-            memory = self._engine.memory(model)
-            with self._promise(self._model, memory, self._settings.tensor_parallel) as devices:
-                await self._keep_alive(model, memory, devices)
+            self._model = replace(self._model, checkpoint=await self._fetch())
+            # Published before the promise: whoever planned with an estimate can plan again.
+            self._set(WorkerState.STARTING, **self._sizes())
+            memory = self._engine.memory(self._model)
+            with self._promise(self.info.model, memory, self.info.device):
+                await self._keep_alive(memory)
         except DoesNotFitError as error:
             self._set(WorkerState.STOPPED, detail=str(error))
             self._fail(error)
@@ -144,37 +144,39 @@ class Worker:
             self._fail(error)
         except Exception as error:
             self._set(WorkerState.FAILED, detail=f"internal error: {error!r}")
-            self._fail(BackendError(f"{self._model}: internal error: {error!r}"))
+            self._fail(BackendError(f"{self.info.model}: internal error: {error!r}"))
             raise
         except asyncio.CancelledError:
             self._set(WorkerState.STOPPING)
             raise
 
     async def _fetch(self) -> Checkpoint:
+        settings = self._model.settings
         if not self._engine.needs_checkpoint:
-            return Checkpoint(self._settings.source)
-        python = str(self._settings.python or sys.executable)
-        return await fetch(
-            self._settings.source, cache=self._cache, python=python, progress=self._doing
-        )
+            return self._model.checkpoint
+        python = str(settings.python or sys.executable)
+        return await fetch(settings.source, cache=self._cache, python=python, progress=self._doing)
 
-    async def _keep_alive(
-        self, model: ServedModel, memory: Memory, devices: tuple[str, ...]
-    ) -> None:
+    def _sizes(self) -> dict[str, Any]:
+        """The sizes of the worker as far as its checkpoint is known."""
+        memory = self._engine.memory(self._model)
+        longest = self._engine.max_model_len(self._model) or self._model.checkpoint.max_model_len
+        return {
+            "weights_bytes": memory.weights_bytes,
+            "kv_limit_bytes": memory.kv_bytes,
+            "residual_bytes": memory.residual_bytes,
+            "kv_bytes_per_token": self._engine.kv_bytes_per_token(self._model) or 1,
+            "max_model_len": longest or 0,
+        }
+
+    async def _keep_alive(self, memory: Memory) -> None:
         """Run the engine again and again; ends only with an error (or a cancellation)."""
-        self._set(
-            WorkerState.STARTING,
-            device=",".join(devices),
-            weights_bytes=memory.weights_bytes,
-            kv_limit_bytes=memory.kv_bytes,
-            residual_bytes=memory.residual_bytes,
-        )
         failures = 0
         while True:
-            failure, ready_s = await self._run_once(model, memory, devices)
+            failure, ready_s = await self._run_once(memory)
             failures = 1 if ready_s >= self._backoff.quick else failures + 1
             if failure.hopeless or failures >= self._backoff.tries:
-                raise BackendError(f"{self._model}: {failure.reason} (log: {self._log})")
+                raise BackendError(f"{self.info.model}: {failure.reason} (log: {self._log})")
             if self._ready.done():
                 self._ready = _future()
             delay = self._backoff.delay(failures)
@@ -185,18 +187,16 @@ class Worker:
             )
             await asyncio.sleep(delay)
 
-    async def _run_once(
-        self, model: ServedModel, memory: Memory, devices: tuple[str, ...]
-    ) -> tuple[_Failure, float]:
+    async def _run_once(self, memory: Memory) -> tuple[_Failure, float]:
         """One life of the process: why it ended, and for how many seconds it had been ready."""
         self._address.unlink(missing_ok=True)
         self._doing(f"starting {self._engine.name}")
-        launch = self._engine.launch(model, devices, self._address)
+        launch = self._engine.launch(self._model, (self.info.device,), self._address)
         process = await EngineProcess.start(launch, self._log)
         ready_at = None
         try:
             async with Probe(self._address) as probe:
-                await _while_running(process, self._become_ready(process, probe, model, memory))
+                await _while_running(process, self._become_ready(process, probe, memory))
                 ready_at = time.monotonic()
                 await self._watch(process, probe)
         except BackendError as error:
@@ -208,29 +208,43 @@ class Worker:
             self._address.unlink(missing_ok=True)
         raise AssertionError("watching ends with an error")
 
-    async def _become_ready(
-        self, process: EngineProcess, probe: Probe, model: ServedModel, memory: Memory
-    ) -> None:
+    async def _become_ready(self, process: EngineProcess, probe: Probe, memory: Memory) -> None:
         async with asyncio.timeout(_START_LIMIT_S):
             while not await probe.healthy():
                 self._report_progress(process)
                 await asyncio.sleep(_POLL_S)
         self._doing("warming up")
-        await probe.warm_up(self._model)
-        tokens = await probe.kv_tokens()
-        per_token = self._engine.kv_bytes_per_token(model) or max(1, memory.kv_bytes // tokens)
+        await probe.warm_up(self.info.model)
         self._set(
             WorkerState.READY,
             residency=Residency.DEVICE,
-            kv_bytes_per_token=per_token,
-            kv_limit_bytes=tokens * per_token,
-            max_model_len=await probe.max_model_len() or self.info.max_model_len,
+            **await self._measured_sizes(probe, memory),
             pid=process.pid,
             address=str(self._address),
             detail="",
         )
         if not self._ready.done():
             self._ready.set_result(None)
+
+    async def _measured_sizes(self, probe: Probe, memory: Memory) -> dict[str, Any]:
+        """The engine's own count.
+
+        What the KV cache lacks to a whole block counts as residual: together the sizes stay what
+        was promised, or the gateway would plan with bytes that are held.
+        """
+        if not self._model.checkpoint.stored_bytes:  # from a hub: the engine has fetched it now
+            self._model = replace(self._model, checkpoint=await self._fetch())
+        model = self._model
+        tokens = await probe.kv_tokens()
+        per_token = self._engine.kv_bytes_per_token(model) or max(1, memory.kv_bytes // tokens)
+        kv_limit = tokens * per_token
+        return {
+            "weights_bytes": self._engine.memory(model).weights_bytes,
+            "kv_bytes_per_token": per_token,
+            "kv_limit_bytes": kv_limit,
+            "residual_bytes": max(0, memory.residual_bytes + memory.kv_bytes - kv_limit),
+            "max_model_len": await probe.max_model_len() or self.info.max_model_len,
+        }
 
     def _report_progress(self, process: EngineProcess) -> None:
         output = process.output()

@@ -44,6 +44,7 @@ async def test_a_plain_call_comes_back_with_its_headers(tmp_path: Path) -> None:
         reply = await g.chat()
         assert reply.status_code == 200
         assert reply.json()["choices"][0]["message"]["content"]
+        assert int(reply.headers["content-length"]) == len(reply.content)
         assert reply.headers["x-maestro-worker"] == "n/big"
         assert int(reply.headers["x-maestro-queue-ms"]) >= 0
         assert int(reply.headers["x-maestro-predicted-tokens"]) > 0

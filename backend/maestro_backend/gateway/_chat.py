@@ -183,8 +183,7 @@ class ChatCompletions:
             else:
                 call.failure = f"HTTP {response.status_code}: {data[:300].decode(errors='replace')}"
             content_type = response.headers.get("content-type", "application/json")
-            await call.reply.begin(response.status_code, content_type)
-            await call.reply.body(data, more=False)
+            await call.reply.whole(response.status_code, content_type, data)
 
     async def _stream(self, call: _Call, response: httpx.Response) -> None:
         reader = StreamReader(forward_usage=call.request.wants_usage)

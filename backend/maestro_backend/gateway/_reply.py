@@ -31,14 +31,19 @@ class Reply:
     async def body(self, data: bytes, *, more: bool) -> None:
         await self.send({"type": "http.response.body", "body": data, "more_body": more})
 
+    async def whole(self, status: int, content_type: str, data: bytes) -> None:
+        """A complete response at once."""
+        self.headers["content-length"] = str(len(data))
+        await self.begin(status, content_type)
+        await self.body(data, more=False)
+
     async def error(self, error: ApiError) -> None:
         """An OpenAI-shaped error; as the stream's last event if it has begun."""
         if self.begun:
             await self.body(error.sse(), more=False)
             return
         self.headers.update(error.headers())
-        await self.begin(error.status, "application/json")
-        await self.body(error.body(), more=False)
+        await self.whole(error.status, "application/json", error.body())
 
 
 async def read_body(receive: Receive) -> bytes:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import pytest
 
-from maestro_backend.predictor import CLASS_DEFAULT, CallOutcome, CallShape, Predictor
+from maestro_backend.predictor import (
+    CLASS_DEFAULT,
+    CallOutcome,
+    CallShape,
+    Predictor,
+    Recent,
+    RoleMedians,
+)
 
 SHAPE = CallShape("m", "w@1", "write", "writer", prompt_bytes=400)
 
@@ -70,3 +80,46 @@ def test_an_empty_reply_teaches_no_length() -> None:
     predictor = Predictor()
     predictor.learn(SHAPE, CallOutcome(0, 0))
     assert predictor.predict(SHAPE).length == CLASS_DEFAULT
+
+
+def test_each_choice_needs_its_own_memory_and_shares_the_prompt() -> None:
+    predictor = Predictor()
+    one, four = predictor.predict(SHAPE), predictor.predict(replace(SHAPE, n=4))
+    assert four.kv_tokens == 100 + 4 * 512
+    assert (four.length, four.service_s) == (one.length, one.service_s), "side by side"
+
+
+def test_lengths_and_speed_are_learned_per_choice() -> None:
+    predictor = Predictor()
+    outcome = CallOutcome(100, 4 * 41, first_s=0.1, total_s=4.1)
+    for _ in range(60):
+        predictor.learn(replace(SHAPE, n=4), outcome)
+    prediction = predictor.predict(SHAPE)
+    assert prediction.length.p50 == 41
+    assert prediction.service_s == pytest.approx(100 / 1000 + 41 / 10, rel=0.02)
+
+
+def test_a_prediction_for_a_name_out_of_a_graph_leaves_no_trace() -> None:
+    predictor = Predictor()
+    before = pickle.dumps(predictor)
+    predictor.predict(CallShape("a model that nobody serves", "w", "stage", "role"))
+    assert pickle.dumps(predictor) == before
+
+
+def test_the_stages_that_ended_a_call_last_are_remembered() -> None:
+    medians = RoleMedians()
+    for number in range(10_001):
+        medians.learn("w", f"s{number}", "", 7)
+        medians.learn("w", "busy", "", 7)
+    assert medians.predict("w", "s0", "", None) == CLASS_DEFAULT
+    assert medians.predict("w", "busy", "", None).p50 == 7
+    assert medians.predict("w", "s10000", "", None).p50 == 7
+
+
+def test_a_recent_mapping_drops_what_was_used_least_recently() -> None:
+    recent: Recent[str, int] = Recent(2)
+    recent["a"] = 1
+    assert recent.use("b", lambda: 2) == 2
+    assert recent.use("a", lambda: 3) == 1
+    recent["c"] = 4
+    assert dict(recent) == {"a": 1, "c": 4}

@@ -3,6 +3,7 @@
 from ._lengths import CLASS_DEFAULT, RoleMedians
 from ._predictor import CallOutcome, CallShape, Prediction, Predictor
 from ._rates import Rates
+from ._recent import Recent
 
 __all__ = [
     "CLASS_DEFAULT",
@@ -11,5 +12,6 @@ __all__ = [
     "Prediction",
     "Predictor",
     "Rates",
+    "Recent",
     "RoleMedians",
 ]

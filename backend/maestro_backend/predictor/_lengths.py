@@ -7,17 +7,21 @@ from statistics import quantiles
 
 from maestro_backend.scheduler import Length
 
+from ._recent import Recent
+
 CLASS_DEFAULT = Length(256, 512)
 """Before anything is known (ours)."""
 
 _WINDOW = 64
+_MAX_KEYS = 10_000
+"""Stages and roles remembered, those that ended a call last (ours)."""
 
 
 class RoleMedians:
     """Medians over the last 64 calls of a (workflow, stage), else of a role, else the default."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, ...], deque[int]] = {}
+        self._seen: Recent[tuple[str, ...], deque[float]] = Recent(_MAX_KEYS)
 
     def predict(self, workflow: str, stage: str, role: str, max_tokens: int | None) -> Length:
         """Tokens, never above `max_tokens`."""
@@ -26,9 +30,9 @@ class RoleMedians:
                 return _clip(_summary(seen), max_tokens)
         return _clip(CLASS_DEFAULT, max_tokens)
 
-    def learn(self, workflow: str, stage: str, role: str, output_tokens: int) -> None:
+    def learn(self, workflow: str, stage: str, role: str, output_tokens: float) -> None:
         for key in _keys(workflow, stage, role):
-            self._seen.setdefault(key, deque(maxlen=_WINDOW)).append(output_tokens)
+            self._seen.use(key, lambda: deque(maxlen=_WINDOW)).append(output_tokens)
 
 
 def _keys(workflow: str, stage: str, role: str) -> list[tuple[str, ...]]:
@@ -40,7 +44,7 @@ def _keys(workflow: str, stage: str, role: str) -> list[tuple[str, ...]]:
     return keys
 
 
-def _summary(seen: deque[int]) -> Length:
+def _summary(seen: deque[float]) -> Length:
     if len(seen) == 1:
         return Length(seen[0], seen[0] * 1.5)
     cuts = quantiles(seen, n=10, method="inclusive")

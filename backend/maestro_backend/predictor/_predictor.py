@@ -12,7 +12,10 @@ from ._rates import Rates
 
 @dataclass(frozen=True, slots=True)
 class CallShape:
-    """What is known of a call before it runs. `prompt_bytes` counts the messages as JSON."""
+    """What is known of a call before it runs.
+
+    `prompt_bytes` counts the messages as JSON; `n` (1 or more) is the choices that were asked for.
+    """
 
     model: str
     workflow: str = ""
@@ -20,11 +23,15 @@ class CallShape:
     role: str = ""
     prompt_bytes: int = 0
     max_tokens: int | None = None
+    n: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class CallOutcome:
-    """What a call took. Seconds; `first_s` None when the reply was not streamed."""
+    """What a call took. `output_tokens` is the sum over all choices.
+
+    Seconds; `first_s` is None when the reply was not streamed.
+    """
 
     prompt_tokens: int
     output_tokens: int
@@ -35,7 +42,10 @@ class CallOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Tokens and seconds. `kv_tokens` = prompt + 90th percentile of the output."""
+    """Tokens and seconds. `length` is that of one choice.
+
+    `kv_tokens` = prompt + 90th percentile of the output, for each choice: they share the prompt.
+    """
 
     prompt_tokens: int
     length: Length
@@ -51,25 +61,23 @@ class Predictor:
         self._rates: dict[str, Rates] = {}
 
     def predict(self, shape: CallShape) -> Prediction:
-        rates = self._rates_of(shape.model)
+        rates = self._rates.get(shape.model) or Rates()
         length = self._lengths.predict(shape.workflow, shape.stage, shape.role, shape.max_tokens)
         prompt_tokens = rates.prompt_tokens(shape.prompt_bytes)
         return Prediction(
             prompt_tokens=prompt_tokens,
             length=length,
-            kv_tokens=prompt_tokens + int(length.p90),
+            kv_tokens=prompt_tokens + int(shape.n * length.p90),
             service_s=rates.service_s(prompt_tokens, length.p50),
         )
 
     def learn(self, shape: CallShape, outcome: CallOutcome) -> None:
-        rates = self._rates_of(shape.model)
+        rates = self._rates.setdefault(shape.model, Rates())
+        per_choice = outcome.output_tokens / max(1, shape.n)
         rates.learn_prompt(shape.prompt_bytes, outcome.prompt_tokens)
         if outcome.first_s is not None:
             uncached = outcome.prompt_tokens - outcome.cached_tokens
             decode_s = outcome.total_s - outcome.first_s
-            rates.learn_speed(uncached, outcome.first_s, outcome.output_tokens, decode_s)
+            rates.learn_speed(uncached, outcome.first_s, per_choice, decode_s)
         if outcome.output_tokens > 0:
-            self._lengths.learn(shape.workflow, shape.stage, shape.role, outcome.output_tokens)
-
-    def _rates_of(self, model: str) -> Rates:
-        return self._rates.setdefault(model, Rates())
+            self._lengths.learn(shape.workflow, shape.stage, shape.role, per_choice)

@@ -28,9 +28,12 @@ class Rates:
             self.bytes_per_token = _mix(self.bytes_per_token, prompt_bytes / prompt_tokens)
 
     def learn_speed(
-        self, uncached_tokens: int, first_s: float, output: int, decode_s: float
+        self, uncached_tokens: int, first_s: float, output: float, decode_s: float
     ) -> None:
-        """`first_s`: dispatch to first token; `decode_s`: first token to end; seconds."""
+        """`first_s`: dispatch to first token; `decode_s`: first token to end; seconds.
+
+        `output` counts the tokens of one choice: choices are decoded side by side.
+        """
         if uncached_tokens > 0 and first_s > 0:
             self.prefill_tokens_s = _mix(self.prefill_tokens_s, uncached_tokens / first_s)
         if output > 1 and decode_s > 0:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
-from maestro_agents.protocol import END, Stage, Workflow
+from maestro_agents.protocol import END, Announcement, Stage, Workflow
 from maestro_backend.scheduler import ForecastCall
 
 from ._transitions import Transitions
@@ -27,13 +27,47 @@ class Expected:
 
 
 def next_stages(
-    workflow: Workflow, stage: str, transitions: Transitions, chosen: Iterable[Expected] | None
+    workflow: Workflow,
+    stage: str,
+    transitions: Transitions,
+    announcement: Announcement | None = None,
 ) -> list[Expected]:
-    """What follows `stage`: what routing chose if that is known, else the graph's belief."""
-    if chosen is not None:
-        return [e for e in chosen if e.stage != END]
+    """What follows `stage`: the graph's belief, narrowed by what its call announced."""
     chances = transitions.probabilities(workflow, stage)
+    if announcement is not None and announcement.successors:
+        chances = _narrowed(chances, announcement)
     return [Expected(s, p) for s, p in chances.items() if s != END]
+
+
+def _narrowed(graph: dict[str, float], announcement: Announcement) -> dict[str, float]:
+    """The announced successors: certain ones, then by stated, then by learned probability.
+
+    Candidates of which nothing is known share what the others leave. An open-ended list says
+    nothing of what is missing in it: there the graph stays believed and nothing is shared out.
+    """
+    successors = announcement.successors
+    certain = dict.fromkeys((s.stage for s in successors if s.certain), 1.0)
+    stated = {s.stage: s.probability for s in successors if s.probability is not None}
+    chances = {s.stage: graph[s.stage] for s in successors if s.stage in graph} | stated
+    rest = max(0.0, 1.0 - sum(p for stage, p in chances.items() if stage not in certain))
+    chances |= certain
+    if announcement.open_ended:
+        return graph | chances
+    unknown = {s.stage: 0.0 for s in successors if s.stage not in chances}
+    return chances | dict.fromkeys(unknown, rest / max(1, len(unknown)))
+
+
+def leads(workflow: Workflow, source: str, target: str, closed: Collection[str]) -> bool:
+    """Whether a path goes from `source` to `target`, passing through no stage of `closed`."""
+    seen, agenda = {source}, [source]
+    while agenda:
+        certain, candidates = workflow.successors(agenda.pop())
+        following = {*certain, *candidates} - seen
+        if target in following:
+            return True
+        seen |= following
+        agenda.extend(stage for stage in following if stage not in closed)
+    return False
 
 
 def forecast(
@@ -70,7 +104,7 @@ def _probabilities(
         if stage in best or -negative < _FLOOR or stage not in workflow.stage_by_path:
             continue
         best[stage] = -negative
-        for following in next_stages(workflow, stage, transitions, None):
+        for following in next_stages(workflow, stage, transitions):
             heapq.heappush(agenda, (negative * following.probability, following.stage))
     return best
 
@@ -91,7 +125,7 @@ def _start_times(
         if open_sources[stage] and agenda:  # with nothing else left, a loop holds the join open
             continue
         begins[stage] = at
-        for following in next_stages(workflow, stage, transitions, None):
+        for following in next_stages(workflow, stage, transitions):
             heapq.heappush(agenda, (at + service[stage], following.stage, stage))
     last = max(begins.values(), default=0.0)
     return {stage: begins.get(stage, last) for stage in service}

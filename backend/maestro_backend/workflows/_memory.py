@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maestro_agents.protocol import Stage
+from maestro_backend.predictor import Recent
+
+_MAX_STAGES = 10_000
+"""Stages remembered, those that were learned of last (ours)."""
 
 
 @dataclass(slots=True)
 class StageFacts:
-    """Learned of one (workflow, stage). `silent` counts executions that ended without a call."""
+    """Learned of one (workflow, stage). `silent` counts executions that ended without a call.
+
+    One call outweighs them all: a node's result may be cached, and a run may resume behind it.
+    """
 
     model: str = ""
     role: str = ""
@@ -27,16 +34,19 @@ class StageMemory:
     """Facts by (workflow id, stage path)."""
 
     def __init__(self) -> None:
-        self._facts: dict[tuple[str, str], StageFacts] = {}
+        self._facts: Recent[tuple[str, str], StageFacts] = Recent(_MAX_STAGES)
 
     def facts(self, workflow: str, stage: str) -> StageFacts:
-        return self._facts.setdefault((workflow, stage), StageFacts())
+        """To learn of the stage: remembered from now on."""
+        return self._facts.use((workflow, stage), StageFacts)
+
+    def known(self, workflow: str, stage: str) -> StageFacts:
+        """To read: empty facts of a stage that nothing is known of."""
+        return self._facts.get((workflow, stage)) or StageFacts()
 
     def makes_calls(self, workflow: str, stage: Stage) -> bool:
         """Whether to expect a call: what was seen, else what the adapter said, else yes."""
-        facts = self._facts.get((workflow, stage.path))
-        if facts and facts.calls:
+        facts = self.known(workflow, stage.path)
+        if facts.calls:
             return True
-        if facts and facts.never_calls:
-            return False
-        return stage.calls is not False
+        return stage.calls is not False and not facts.never_calls

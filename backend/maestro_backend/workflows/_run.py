@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
 
-from maestro_agents.protocol import END, Announcement, Slo, Workflow
+from maestro_agents.protocol import END, MAX_STAGES, Announcement, Slo, Workflow
+from maestro_backend.predictor import Recent
 from maestro_backend.scheduler import LIKELY, ForecastCall
 
 from ._forecast import Expected, next_stages
 from ._transitions import Transitions
+
+_MAX_CALLS = 1_000
+"""Calls of a run whose lead times are kept, the last ones (ours)."""
+_MAX_ANNOUNCEMENTS = 100
+"""Announcements of a run that are kept, one a stage, the last ones (ours)."""
 
 
 @dataclass(slots=True)
@@ -18,6 +24,7 @@ class Run:
 
     Calls and events of one run take different ways and may overtake each other; `order` counts
     both as they come in, so that a late "ended, next is x" does not announce an x that has begun.
+    `lead_times_s` holds the last 1,000 calls; a retry is no call of its own.
     """
 
     run: str
@@ -32,18 +39,35 @@ class Run:
     lead_times_s: list[tuple[str, float | None]] = field(default_factory=list)
     announced_never_made: int = 0
     events_seen: bool = False
-    executing: Counter[str] = field(default_factory=Counter)
-    calling: Counter[str] = field(default_factory=Counter)
-    calls_since_start: Counter[str] = field(default_factory=Counter)
-    announcements: dict[str, Announcement] = field(default_factory=dict)
-    pending: dict[str, Expected] = field(default_factory=dict)
+    calling: dict[str, int] = field(default_factory=dict)
+    executing: Recent[str, int] = field(default_factory=lambda: Recent(MAX_STAGES))
+    calls_since_start: Recent[str, int] = field(default_factory=lambda: Recent(MAX_STAGES))
+    announcements: Recent[str, Announcement] = field(
+        default_factory=lambda: Recent(_MAX_ANNOUNCEMENTS)
+    )
+    pending: Recent[str, Expected] = field(default_factory=lambda: Recent(MAX_STAGES))
     order: int = 0
-    begun: dict[str, int] = field(default_factory=dict)
-    foreseen: dict[str, float] = field(default_factory=dict)
-    met: set[str] = field(default_factory=set)
+    begun: Recent[str, int] = field(default_factory=lambda: Recent(MAX_STAGES))
+    foreseen: Recent[str, float] = field(default_factory=lambda: Recent(2 * MAX_STAGES))
+    met: Recent[str, None] = field(default_factory=lambda: Recent(MAX_STAGES))
+    leads: Recent[tuple[str, int], float | None] = field(default_factory=lambda: Recent(_MAX_CALLS))
 
     def live(self, stage: str) -> bool:
-        return self.executing[stage] > 0 or self.calling[stage] > 0
+        return stage in self.executing or stage in self.calling
+
+    def anew(self, now: float) -> Run:
+        """The same run, started again after its end; calls that are still open stay counted."""
+        return Run(
+            self.run,
+            self.workflow,
+            now,
+            self.conversation,
+            self.slo,
+            self.tenant,
+            calling=self.calling,
+        )
+
+    # --- stages ---------------------------------------------------------------------------------
 
     def begin(self, stage: str) -> None:
         """The stage has started, by event or by its call: it is no longer to come."""
@@ -51,63 +75,104 @@ class Run:
         self.begun[stage] = self.order
         self.pending.pop(stage, None)
 
+    def in_round(self, stage: str, following: Iterable[str]) -> bool:
+        """Whether `stage` runs, or has run and nothing of what follows it has begun since."""
+        began = self.begun.get(stage)
+        return self.live(stage) or (
+            began is not None and all(self.begun.get(s, 0) <= began for s in following)
+        )
+
+    def enter(self, stage: str) -> None:
+        _more(self.executing, stage)
+
+    def exit(self, stage: str) -> None:
+        _less(self.executing, stage)
+
     def expect_after(self, stage: str, expected: list[Expected]) -> None:
         """`stage` has ended: wait for these, unless they began since it did."""
-        since = self.begun.get(stage, 0)
-        for item in expected:
-            if self.begun.get(item.stage, 0) <= since and item.stage != END:
-                self.pending[item.stage] = item
+        for item in self._to_come(stage, expected):
+            self.pending[item.stage] = item
 
     def starts(self, workflow: Workflow, transitions: Transitions) -> list[Expected]:
         """The stages that may start next: pending ones, and successors of those that run."""
         starts = dict(self.pending)
-        for stage in [s for s in {*self.executing, *self.calling} if self.live(s)]:
-            chosen = _chosen(self.announcements.get(stage))
-            for item in next_stages(workflow, stage, transitions, chosen):
+        for stage in {**self.executing, **self.calling}:
+            announcement = self.announcements.get(stage)
+            following = next_stages(workflow, stage, transitions, announcement)
+            for item in self._to_come(stage, following):
                 known = starts.get(item.stage)
                 if known is None or known.probability < item.probability:
                     starts[item.stage] = item
         return list(starts.values())
 
+    def _to_come(self, stage: str, following: list[Expected]) -> list[Expected]:
+        since = self.begun.get(stage, 0)
+        return [e for e in following if e.stage != END and self.begun.get(e.stage, 0) <= since]
+
+    def leave(self, stage: str) -> None:
+        """The stage is over: what was foreseen of it has come true (or it calls nobody)."""
+        if not self.live(stage):
+            self.announcements.pop(stage, None)
+            self.foreseen.pop(stage, None)
+            self.met.pop(stage, None)
+
+    # --- calls ----------------------------------------------------------------------------------
+
+    def meet(self, stage: str, instance: int, now: float, *, expected: bool) -> float | None:
+        """A call of `stage` arrived: its lead time in seconds, None if it was not foreseen.
+
+        A retry has the lead time of its first attempt. A missing instance reads as 0, so where
+        the stage is `expected` to start, another 0 is a loop's next round.
+        """
+        call = (stage, instance)
+        if call in self.leads and not (expected and instance == 0):
+            return self.leads.use(call, lambda: None)
+        since = self.foreseen.get(stage)
+        lead_s = None if since is None else now - since
+        self.leads[call] = lead_s
+        self.lead_times_s.append((stage, lead_s))
+        del self.lead_times_s[:-_MAX_CALLS]
+        self.met[stage] = None
+        return lead_s
+
+    def call(self, stage: str) -> None:
+        _more(self.calling, stage)
+        _more(self.calls_since_start, stage)
+
+    def hang_up(self, stage: str) -> None:
+        _less(self.calling, stage)
+
+    # --- the future -----------------------------------------------------------------------------
+
     def believe(self, forecast: tuple[ForecastCall, ...], now: float) -> None:
         """Take a new forecast; note when a stage becomes likely, and which never came."""
         self.forecast = forecast
         likely = {c.stage for c in forecast if c.probability >= LIKELY}
-        for stage in likely - self.foreseen.keys():
+        for stage in sorted(likely - self.foreseen.keys()):
             self.foreseen[stage] = now
         for stage in [s for s in self.foreseen if s not in likely]:
             if stage not in self.met and not self.live(stage):
                 del self.foreseen[stage]
                 self.announced_never_made += 1
 
-    def meet(self, stage: str, now: float) -> float | None:
-        """A call of `stage` arrived: its lead time in seconds, None if it was not foreseen."""
-        since = self.foreseen.get(stage)
-        lead_s = None if since is None else now - since
-        self.lead_times_s.append((stage, lead_s))
-        self.met.add(stage)
-        return lead_s
-
-    def leave(self, stage: str) -> None:
-        """The stage is over: what was foreseen of it has come true (or it calls nobody)."""
-        if not self.live(stage):
-            self.foreseen.pop(stage, None)
-            self.met.discard(stage)
-
     def finish(self, now: float, failed: bool) -> None:
         """The run is over; whatever is still foreseen was never made."""
-        self.ended, self.failed = now, failed
+        self.ended, self.failed, self.forecast = now, failed, ()
         self.announced_never_made += sum(
             1 for stage in self.foreseen if stage not in self.met and not self.live(stage)
         )
-        self.forecast, self.pending, self.foreseen = (), {}, {}
+        for kept in (self.executing, self.calls_since_start, self.announcements, self.pending):
+            kept.clear()
+        for told in (self.begun, self.foreseen, self.met, self.leads):
+            told.clear()
 
 
-def _chosen(announcement: Announcement | None) -> list[Expected] | None:
-    """The announced successors, if the client narrowed them: certain, or with a probability."""
-    if announcement is None or announcement.open_ended:
-        return None
-    known = [s for s in announcement.successors if s.certain or s.probability is not None]
-    if len(known) != len(announcement.successors) or not known:
-        return None
-    return [Expected(s.stage, 1.0 if s.certain else (s.probability or 0.0)) for s in known]
+def _more(counts: MutableMapping[str, int], key: str) -> None:
+    counts[key] = counts.get(key, 0) + 1
+
+
+def _less(counts: MutableMapping[str, int], key: str) -> None:
+    """Down to nothing, never below: a count that is zero takes no room."""
+    left = counts.pop(key, 0) - 1
+    if left > 0:
+        counts[key] = left

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections import Counter
 
 from maestro_agents.protocol import Workflow
+from maestro_backend.predictor import Recent
 
 _PRIOR = 1.0
 """Pseudo-count of each candidate: uniform until something is learned (ours)."""
+_MAX_STAGES = 10_000
+"""Routing stages remembered, those that chose last (ours)."""
 
 
 class Transitions:
     """Counts of chosen successors per (workflow, stage)."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, str], Counter[str]] = {}
+        self._counts: Recent[tuple[str, str], Counter[str]] = Recent(_MAX_STAGES)
 
     def learn(self, workflow: str, stage: str, chosen: str) -> None:
-        self._counts.setdefault((workflow, stage), Counter())[chosen] += 1
+        self._counts.use((workflow, stage), Counter)[chosen] += 1
 
     def probabilities(self, workflow: Workflow, stage: str) -> dict[str, float]:
         """P(next | stage): 1 for certain successors, smoothed counts for candidates.

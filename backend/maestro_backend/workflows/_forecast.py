@@ -20,10 +20,15 @@ Predict = Callable[[Stage], ForecastCall | None]
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A stage that may start next, with what is believed of it now."""
+    """A stage that may start next, with what is believed of it now.
+
+    A candidate is not `certain`, however likely; `after` is the stage whose end it waited for.
+    """
 
     stage: str
     probability: float
+    certain: bool = True
+    after: str = ""
 
 
 def next_stages(
@@ -34,9 +39,11 @@ def next_stages(
 ) -> list[Expected]:
     """What follows `stage`: the graph's belief, narrowed by what its call announced."""
     chances = transitions.probabilities(workflow, stage)
+    certain = {*workflow.successors(stage).certain}
     if announcement is not None and announcement.successors:
         chances = _narrowed(chances, announcement)
-    return [Expected(s, p) for s, p in chances.items() if s != END]
+        certain |= {s.stage for s in announcement.successors if s.certain}
+    return [Expected(s, p, s in certain, stage) for s, p in chances.items() if s != END]
 
 
 def _narrowed(graph: dict[str, float], announcement: Announcement) -> dict[str, float]:

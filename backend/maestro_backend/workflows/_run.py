@@ -16,6 +16,8 @@ _MAX_CALLS = 1_000
 """Calls of a run whose lead times are kept, the last ones (ours)."""
 _MAX_ANNOUNCEMENTS = 100
 """Announcements of a run that are kept, one a stage, the last ones (ours)."""
+_MAX_PENDING = 256
+"""Stages that a run may wait for: enough for a wide fork, few enough to forecast (ours)."""
 
 
 @dataclass(slots=True)
@@ -45,7 +47,8 @@ class Run:
     announcements: Recent[str, Announcement] = field(
         default_factory=lambda: Recent(_MAX_ANNOUNCEMENTS)
     )
-    pending: Recent[str, Expected] = field(default_factory=lambda: Recent(MAX_STAGES))
+    pending: Recent[str, Expected] = field(default_factory=lambda: Recent(_MAX_PENDING))
+    causes: Recent[str, str] = field(default_factory=lambda: Recent(MAX_STAGES))
     order: int = 0
     begun: Recent[str, int] = field(default_factory=lambda: Recent(MAX_STAGES))
     foreseen: Recent[str, float] = field(default_factory=lambda: Recent(2 * MAX_STAGES))
@@ -73,7 +76,8 @@ class Run:
         """The stage has started, by event or by its call: it is no longer to come."""
         self.order += 1
         self.begun[stage] = self.order
-        self.pending.pop(stage, None)
+        if item := self.pending.pop(stage, None):
+            self.causes[stage] = item.after
 
     def in_round(self, stage: str, following: Iterable[str]) -> bool:
         """Whether `stage` runs, or has run and nothing of what follows it has begun since."""
@@ -89,7 +93,13 @@ class Run:
         _less(self.executing, stage)
 
     def expect_after(self, stage: str, expected: list[Expected]) -> None:
-        """`stage` has ended: wait for these, unless they began since it did."""
+        """`stage` has ended: wait for these, unless they began since it did.
+
+        What was a candidate beside `stage`, and has not begun by now, was not chosen.
+        """
+        cause = self.causes.pop(stage, None)
+        for rival in [e for e in self.pending.values() if e.after == cause and not e.certain]:
+            del self.pending[rival.stage]
         for item in self._to_come(stage, expected):
             self.pending[item.stage] = item
 
@@ -163,7 +173,7 @@ class Run:
         )
         for kept in (self.executing, self.calls_since_start, self.announcements, self.pending):
             kept.clear()
-        for told in (self.begun, self.foreseen, self.met, self.leads):
+        for told in (self.begun, self.causes, self.foreseen, self.met, self.leads):
             told.clear()
 
 

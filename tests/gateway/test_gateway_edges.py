@@ -120,17 +120,6 @@ async def test_an_engines_4xx_is_counted_as_failed(tmp_path: Path) -> None:
         assert record.status is CallStatus.FAILED and "context_length" in record.error
 
 
-async def test_an_engine_error_delays_no_bystander(tmp_path: Path) -> None:
-    async with gateway(tmp_path) as g:
-        g.stubs["big"].fail_next("error", status=500, times=2)
-        bad = asyncio.create_task(g.chat(text="bad"))
-        await g.until(lambda: len(g.stubs["big"].requests) >= 1)
-        async with asyncio.timeout(1.0):
-            assert (await g.chat(text="good")).status_code in (200, 502)
-            assert (await g.chat(text="good")).status_code == 200
-        await bad
-
-
 @pytest.mark.parametrize(
     ("headers", "status"),
     [

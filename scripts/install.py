@@ -83,7 +83,9 @@ def set_up() -> None:
     UNFINISHED.touch()
     install(extras)
     if real:
-        pip("removing unusable CUDA builds", "uninstall", "--yes", *UNUSABLE)
+        pip(
+            f"removing {', '.join(UNUSABLE)}: builds for GPUs only", "uninstall", "--yes", *UNUSABLE
+        )
     STAMP.write_text(key)
     UNFINISHED.unlink()
     say("ready")
@@ -168,7 +170,7 @@ def install(extras: str) -> None:
     pinned = ("install", "--constraint", "constraints.txt")
     everything = (*pinned, "--editable", f".[{extras}]")
     try:
-        pip(f"installing {extras}", *everything)
+        pip(f"installing {extras}, about two minutes", *everything)
     except SetupError:
         text = LOG.read_text(errors="replace")
         if OFFLINE.search(text) or not NO_TORCH.search(text):
@@ -213,15 +215,17 @@ def watched(running: subprocess.Popen[bytes]) -> int:
             try:
                 return running.wait(10)
             except subprocess.TimeoutExpired:
-                if step := last_step(log):
-                    say(f"  {step}")
+                say(f"  {last_step(log) or 'still at it'}")
 
 
 def last_step(log: IO[str]) -> str:
     steps = [
         line for line in log if line.lstrip().startswith(("Collecting", "Downloading", "Inst"))
     ]
-    return steps[-1].strip()[:70] if steps else ""
+    step = steps[-1].strip() if steps else ""
+    if step.startswith("Installing collected packages"):
+        return f"unpacking {step.count(',') + 1} packages, about a minute"
+    return step[:70]
 
 
 def reason(text: str) -> str:

@@ -156,12 +156,17 @@ def _status(options: argparse.Namespace) -> int:
     if reply.status_code != 200:
         raise ConfigError(f"{url} answered {reply.status_code}: {reply.text[:200]}")
     state = reply.json()
+    _out(f"{'model':<20} {'state':<10} {'weights on':<10} doing")
     for w in state["workers"]:
-        _out(f"{w['model']:<20} {w['state']:<10} {w['residency']:<7} {w['detail']}")
-    live, open_runs = len(state["calls"]), len(state["runs"])
-    _out(f"{live} live calls, {state['ended_calls']} ended, {open_runs} open runs")
-    for call in state["calls"]:
-        _out(json.dumps(call))
+        _out(f"{w['model']:<20} {w['state']:<10} {w['residency']:<10} {w['detail'] or '-'}")
+    live, open_runs = state["calls"], [r for r in state["runs"] if r["ended"] is None]
+    _out(f"\n{len(live)} live calls, {state['ended_calls']} ended, {len(open_runs)} open runs")
+    for c in live:
+        age_s = state["now"] - c["arrived"]
+        name = f"{c['stage'] or '(no stage)'}[{c['instance']}]"
+        _out(
+            f"  {name:<25} {c['model']:<20} {c['status']:<8} {age_s:6.1f} s  run {c['run'] or '-'}"
+        )
     return 0
 
 

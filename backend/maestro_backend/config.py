@@ -82,6 +82,21 @@ LocalPath = Annotated[Path, AfterValidator(_from_base)]
 """`~` is expanded; a relative path starts at the config file's folder."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key that stands twice is an error, not a silent loss of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -279,7 +294,7 @@ class Config(_Section):
         """
         file = Path(path)
         try:
-            raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+            raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the config file {file}: {error}") from error
         except yaml.YAMLError as error:

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from e2e.served import maestro
 
+from maestro_agents.testing import StubEngine
 from maestro_backend.cli import main
-from maestro_backend.config import Config
+from maestro_backend.config import Config, ModelConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,23 +35,33 @@ def test_the_readme_stays_short() -> None:
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_in_the_readme_runs(code: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAESTRO_")}
-    done = subprocess.run(
-        (sys.executable, "-W", "error", "-c", code),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "planned" in done.stdout
+def test_python_in_the_readme_runs_annotated(code: str) -> None:
+    with StubEngine(("smollm2-135m",)) as stub:
+        done = subprocess.run(
+            (sys.executable, "-W", "error", "-c", code),
+            env={**os.environ, "MAESTRO_BASE_URL": stub.base_url},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+        [request] = stub.requests
+    assert request.headers["x-maestro-stage"] == "plan"
+    assert request.body["maestro"]["role"] == "planner"
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
-def test_yaml_in_the_readme_is_a_valid_config(text: str) -> None:
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", [*blocks("yaml"), *blocks("yaml", CONFIGURATION)])
+def test_yaml_on_the_pages_is_a_valid_config(text: str) -> None:
     assert Config.parse(yaml.safe_load(text)).models
+
+
+def test_every_key_of_a_model_is_explained() -> None:
+    assert all(f"`{key}`" in CONFIGURATION for key in ModelConfig.model_fields)
 
 
 def test_the_curl_of_the_readme_works(tmp_path: Path) -> None:
@@ -58,11 +69,12 @@ def test_the_curl_of_the_readme_works(tmp_path: Path) -> None:
         pytest.skip("curl is not installed")
     [command] = [block for block in blocks("bash") if block.startswith("curl ")]
     with maestro("serve", "--engine", "stub", "--port", "0", state=tmp_path) as served:
-        command = command.replace("http://127.0.0.1:8000/v1", served.url)
+        command = command.replace("http://127.0.0.1:8000", served.url.removesuffix("/v1"))
         done = subprocess.run(
             ("bash", "-c", command), capture_output=True, text=True, timeout=60, check=False
         )
-    assert '"chat.completion"' in done.stdout, done.stderr
+    for part in ('"chat.completion"', '"workers"', "run_not_found", "maestro_calls_total"):
+        assert part in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -108,6 +108,7 @@ def test_ctrl_c_at_any_moment_of_the_demo_leaves_nothing(tmp_path: Path, moment:
     [
         (("serve", "--config", "/nowhere.yaml"), "/nowhere.yaml"),
         (("serve", "--engine", "stub", "--host", "0.0.0.0", "--port", "0"), "MAESTRO_API_KEY"),
+        (("serve", "--engine", "stub", "--port", "99999"), "0 to 65535"),
         (("replay", "/nowhere.jsonl"), "/nowhere.jsonl"),
     ],
 )
@@ -123,6 +124,17 @@ def test_a_taken_port_is_one_clear_line(tmp_path: Path) -> None:
         port = served.url.split(":")[2].split("/")[0]
         done = run("serve", "--engine", "stub", "--port", port)
         assert done.returncode == 2 and "--port" in done.stderr
+
+
+def test_a_model_that_can_never_fit_is_said_at_the_start(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "models: {huge: {source: 'random:tiny-llama', engine: stub, kv_memory: 900GiB}}\n"
+        "nodes: [{devices: [cpu], memory: 1GiB}]\n"
+    )
+    with maestro("serve", "--config", str(config), "--port", "0", state=tmp_path) as served:
+        line = served.wait_for("huge cannot run here")
+    assert "900.1 GiB" in line and "less kv_memory" in line
 
 
 def test_help_lists_every_command() -> None:

@@ -299,7 +299,8 @@ async def test_models_health_and_unknown_routes(tmp_path: Path) -> None:
         assert sorted(health["ready"]) == ["big", "small"]
         missing = await g.http.get("/v1/nothing")
         assert missing.status_code == 404 and "/v1/nothing" in missing.json()["error"]["message"]
-        assert (await g.http.get("/v1/chat/completions")).status_code == 405
+        wrong = await g.http.get("/v1/chat/completions")
+        assert wrong.status_code == 405 and "takes no GET" in wrong.json()["error"]["message"]
 
 
 async def test_metrics_count_what_happened(tmp_path: Path) -> None:

@@ -133,3 +133,10 @@ def test_what_is_given_and_not_used_yet_is_told() -> None:
         "tenants.research.weight",
     ]
     assert Config.parse(with_model()).unused() == ()
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("models:\n  a: {source: x}\n  a: {source: y}\n")
+    with pytest.raises(ConfigError, match=r"'a' stands twice(.|\n)*line 3"):
+        Config.load(file)

@@ -194,7 +194,7 @@ class Demo:
             f"\n{result['calls']} calls, {result['failed']} failed, "
             f"{result['output_tokens']} tokens in {result['makespan_s']:.1f} s; "
             f"{lead['foreseen']} of {result['calls']} calls announced ahead; "
-            f"{result['announced_never_made']} announced and never made"
+            f"{result['announced_never_made']} announced and never made (a branch not taken)"
         )
         return result
 

@@ -41,7 +41,9 @@ class Lines:
 def _what(record: CallRecord) -> str | None:
     match record.status:
         case CallStatus.QUEUED:
-            known = "not announced" if record.lead_s is None else f"known for {record.lead_s:.2f} s"
+            known = (
+                "not announced" if record.lead_s is None else f"announced {record.lead_s:.2f} s ago"
+            )
             again = f", again after: {record.error}" if record.error else ""
             return f"queued, {known}, ~{record.predicted_tokens:.0f} tokens predicted{again}"
         case CallStatus.RUNNING if record.first_token is not None:
@@ -53,4 +55,4 @@ def _what(record: CallRecord) -> str | None:
             took = (record.ended or 0.0) - record.arrived
             return f"done: {record.output_tokens} tokens in {took:.2f} s"
         case _:
-            return f"{record.status.value}: {record.error}"
+            return f"{record.status.value}{': ' * bool(record.error)}{record.error}"

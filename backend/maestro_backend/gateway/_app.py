@@ -85,8 +85,10 @@ async def _defect(request: Request, error: Exception) -> Response:
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    message = f"no route {request.method} {request.url.path}"
-    api_error = ApiError(getattr(error, "status_code", 404), message, code="not_found")
+    status = getattr(error, "status_code", 404)
+    path, method = request.url.path, request.method
+    message = f"{path} takes no {method}" if status == 405 else f"no route {method} {path}"
+    api_error = ApiError(status, message, code="not_found" if status == 404 else None)
     return Response(api_error.body(), api_error.status, api_error.headers())
 
 

@@ -17,6 +17,8 @@ from ._errors import ApiError, invalid
 from ._records import ENDED, run_view
 from ._shell import Shell
 
+_SHOWN_RUNS = 50
+
 _M = TypeVar("_M", bound=BaseModel)
 
 
@@ -60,7 +62,10 @@ class Control:
         return JSONResponse(self.state())
 
     def state(self) -> dict[str, Any]:
-        """Everything now: workers, devices, live calls, open runs. Bytes and seconds."""
+        """Everything now: workers, devices, live calls, the last 50 runs.
+
+        Sizes are bytes; times are seconds since the gateway started, `now` among them.
+        """
         shell, core = self._shell, self._shell.scheduler
         return {
             "version": PROTOCOL_VERSION,
@@ -74,10 +79,9 @@ class Control:
             "calls": [asdict(r) for r in shell.records.live()],
             "ended_calls": sum(r.status in ENDED for r in shell.records.calls.values()),
             "runs": [
-                {"run": r.run, "workflow": r.workflow, "started": r.started}
+                {"run": r.run, "workflow": r.workflow, "started": r.started, "ended": r.ended}
                 for r in shell.book.runs.values()
-                if r.ended is None
-            ],
+            ][-_SHOWN_RUNS:],
         }
 
     async def _changes(self) -> AsyncIterator[bytes]:

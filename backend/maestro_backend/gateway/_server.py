@@ -82,10 +82,11 @@ def _bind(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         sock.close()
+        why = error.strerror if isinstance(error, OSError) else "a port is 0 to 65535"
         raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror}): stop what uses the port, "
+            f"cannot listen on {host}:{port} ({why}): stop what uses the port, "
             f"or choose another with --port"
         ) from error
     sock.listen(2048)

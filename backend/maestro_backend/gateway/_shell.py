@@ -198,12 +198,29 @@ class Shell:
                 await asyncio.sleep(_REJOIN_S)
                 continue
             self.handle(core.NodeJoined(info, tuple(self.config.models)))
+            self._warn_of_misfits(info)
             try:
                 async for worker in self._node.changes():
                     self._worker_changed(worker)
             except Exception as error:
                 _log.warning("lost node %s, joining again: %s", info.node, error)
             self.handle(core.NodeLost(info.node))
+
+    def _warn_of_misfits(self, node: core.NodeInfo) -> None:
+        """Say at once which models can never run here, and why."""
+        room = max((d.capacity_bytes for d in node.devices), default=0)
+        for worker in node.workers:
+            need = worker.weights_bytes + worker.kv_limit_bytes + worker.residual_bytes
+            if need > room:
+                _log.error(
+                    "%s cannot run here: it needs %.1f GiB (weights %.1f, KV cache %.1f), "
+                    "a device has %.1f: give it less kv_memory, or the node more memory",
+                    worker.model,
+                    *(
+                        size / 2**30
+                        for size in (need, worker.weights_bytes, worker.kv_limit_bytes, room)
+                    ),
+                )
 
     def _worker_changed(self, info: core.WorkerInfo) -> None:
         if self.scheduler.workers.get(info.worker) == info:

@@ -43,20 +43,23 @@ class Probe:
             return False
 
     async def warm_up(self, model: str) -> None:
-        """Make one short call: a CPU engine sets much up only then, for seconds.
+        """Make two short calls, sampled and greedy: a CPU engine sets each up only then.
 
         Raises:
             BackendError: it does not answer a call.
         """
-        chat = {"messages": [{"role": "user", "content": "Hi"}]}
-        answer = await self._generate("/v1/chat/completions", model, chat)
-        if answer.is_client_error:  # a base model has no chat template
-            answer = await self._generate("/v1/completions", model, {"prompt": "Hi"})
-        if not answer.is_success:
-            raise BackendError(f"the warm-up call got {answer.status_code}: {answer.text[:300]}")
+        for sampling in ({}, {"temperature": 0}):
+            chat = {"messages": [{"role": "user", "content": "Hi"}], **sampling}
+            answer = await self._generate("/v1/chat/completions", model, chat)
+            if answer.is_client_error:  # a base model has no chat template
+                prompt = {"prompt": "Hi", **sampling}
+                answer = await self._generate("/v1/completions", model, prompt)
+            if not answer.is_success:
+                said = f"{answer.status_code}: {answer.text[:300]}"
+                raise BackendError(f"the warm-up call got {said}")
 
     async def _generate(self, path: str, model: str, body: dict[str, Any]) -> httpx.Response:
-        body = {"model": model, "max_tokens": 4, "temperature": 0, **body}
+        body = {"model": model, "max_tokens": 8, **body}
         try:
             return await self._http.post(path, json=body, timeout=_WARM_UP_TIMEOUT_S)
         except httpx.TransportError as error:

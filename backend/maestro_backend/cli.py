@@ -17,7 +17,6 @@ import httpx
 import uvloop
 
 from maestro_agents.protocol import ConfigError, MaestroError
-from maestro_backend._tied import tie_to_parent
 from maestro_backend.config import Config
 from maestro_backend.defaults import default_config, default_engine, with_engine
 from maestro_backend.gateway import Feed, serving
@@ -57,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, help="port to listen on (8000); 0 takes a free one")
     serve.add_argument("--policy", choices=("fcfs", "maestro"), help="order of calls (maestro)")
     serve.add_argument("--record", type=Path, metavar="FILE", help="write the flight recorder here")
-    serve.add_argument("--tied", action="store_true", help="stop when the parent process dies")
     serve.set_defaults(run=_serve)
 
     demo = commands.add_parser("demo", help="run the research team on two real models")
@@ -77,8 +75,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    if options.tied:
-        tie_to_parent()
     if options.config is None:
         config = default_config(options.engine or default_engine())
     else:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from maestro_agents.protocol import BODY_KEY, MAX_ANNOTATION_BYTES, Annotation, CallIdentity
 
-from ._errors import ApiError, invalid
+from ._errors import invalid
 
 _TRACE = ("traceparent", "tracestate")
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -141,5 +141,3 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("tools", lambda v: isinstance(v, list), "a list"),
     ("response_format", lambda v: isinstance(v, dict), "an object"),
 )
-
-__all__ = ["MAX_BODY_BYTES", "ApiError", "ChatRequest", "parse_chat"]

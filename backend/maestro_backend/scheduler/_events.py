@@ -192,7 +192,10 @@ class NodeLost:
 
 @dataclass(frozen=True, slots=True)
 class MemoryMeasured:
-    """Bytes in use on a device, as measured: the promise in the ledger is checked against it."""
+    """Bytes in use on a device (`node/device`), as measured; kept beside the ledger's promise.
+
+    No shell sends it yet, and no decision uses it: the node agent refuses by its own ledger.
+    """
 
     device: str
     used_bytes: int

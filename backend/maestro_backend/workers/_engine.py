@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -105,7 +106,7 @@ class Engine(Protocol):
         """The server of `model` on `devices`, listening on the unix socket `address`."""
 
 
-class _Vllm:
+class _Vllm(ABC):
     """What both builds of vLLM share."""
 
     name: str
@@ -145,8 +146,9 @@ class _Vllm:
     def max_num_seqs(self, settings: ModelConfig) -> int:
         return settings.max_num_seqs or self.default_max_num_seqs
 
+    @abstractmethod
     def dtype(self, model: ServedModel) -> str:
-        raise NotImplementedError
+        """What the weights are served in."""
 
     def max_model_len(self, model: ServedModel) -> int | None:
         return model.settings.max_model_len

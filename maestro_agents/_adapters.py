@@ -42,10 +42,19 @@ class Adapter(Protocol):
             UnsupportedError: `obj` cannot be described on the wire.
         """
 
+    def instrument(self, options: Options) -> None:
+        """Follow every object of the framework that runs from now on and is not wrapped.
+
+        Idempotent: the last options hold. Nothing happens where the framework is not installed.
+        """
+
+    def uninstrument(self) -> None:
+        """Undo `instrument`. Idempotent."""
+
 
 def find_adapter(obj: object) -> Adapter | None:
     """The first adapter that handles `obj`."""
-    return next((adapter for adapter in _adapters() if adapter.handles(obj)), None)
+    return next((adapter for adapter in adapters() if adapter.handles(obj)), None)
 
 
 def unsupported(obj: object) -> UnsupportedError:
@@ -58,7 +67,8 @@ def unsupported(obj: object) -> UnsupportedError:
 
 
 @cache
-def _adapters() -> tuple[Adapter, ...]:
+def adapters() -> tuple[Adapter, ...]:
+    """Every adapter that is installed, by the name of its entry point."""
     return tuple(_load())
 
 

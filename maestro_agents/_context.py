@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,22 +27,59 @@ class Extras(NamedTuple):
     body: dict[str, Any]
 
 
-current_call: ContextVar[CallContext | None] = ContextVar("maestro_current_call", default=None)
+Caller = Callable[[], CallContext | None]
+"""Begins the next call of a stage; None once its run is over. Each request is one call."""
+
+current_caller: ContextVar[Caller | None] = ContextVar("maestro_current_caller", default=None)
 """Set by an adapter just before a model call, None everywhere else."""
+
+Finder = Callable[[], Caller | None]
+"""Tells from a framework's own context who is calling, where no adapter has set it."""
+
+_finders: list[Finder] = []
+
+
+def add_finder(finder: Finder) -> None:
+    """Ask `finder` too from now on. Idempotent; a finder is quick and may raise."""
+    if finder not in _finders:
+        _finders.append(finder)
+
+
+def find_caller() -> Caller | None:
+    """Who is calling in this context; None when nobody known is."""
+    caller = current_caller.get()
+    for finder in _finders if caller is None else ():
+        caller = caller or finder()
+    return caller
+
+
+def begin_call() -> CallContext | None:
+    """The call that the request about to be made is; None when nobody known is calling."""
+    caller = find_caller()
+    return caller() if caller else None
 
 
 def render(call: CallContext) -> Extras:
-    """The headers and body keys of `call`; an over-size annotation is left out, logged once."""
+    """The headers and body keys of `call`.
+
+    Over the size limit the announcement is left out, and if that is not enough, all of the
+    annotation; logged once.
+    """
     headers = call.identity.headers()
-    annotation = call.annotation.model_dump(mode="json", by_alias=True, exclude_none=True)
-    size = len(json.dumps(annotation, ensure_ascii=False).encode())
-    if size > MAX_ANNOTATION_BYTES:
-        warn_once(
-            "annotation-size",
-            "annotation of stage %s dropped: %d bytes, at most %d are sent",
-            call.identity.stage,
-            size,
-            MAX_ANNOTATION_BYTES,
-        )
-        return Extras(headers, {})
-    return Extras(headers, {BODY_KEY: annotation})
+    body, size = _measured(call.annotation)
+    if size <= MAX_ANNOTATION_BYTES:
+        return Extras(headers, {BODY_KEY: body})
+    warn_once(
+        "annotation-size",
+        "announcement of stage %s dropped: the annotation has %d bytes, at most %d are sent",
+        call.identity.stage,
+        size,
+        MAX_ANNOTATION_BYTES,
+    )
+    body, size = _measured(call.annotation.model_copy(update={"announcement": None}))
+    return Extras(headers, {BODY_KEY: body} if size <= MAX_ANNOTATION_BYTES else {})
+
+
+def _measured(annotation: Annotation) -> tuple[dict[str, Any], int]:
+    body = annotation.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return body, len(json.dumps(body))

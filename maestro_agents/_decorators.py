@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass
 from functools import wraps
 from inspect import iscoroutinefunction, isroutine
@@ -94,7 +100,8 @@ def workflow(
         def make_graph(): ...
 
     Args:
-        obj: a compiled graph, or a function (plain or async) that returns one.
+        obj: a compiled graph, or a function (plain or async) that returns one, or a context
+            manager that yields one.
         name: the workflow's name; by default the graph's own, else the factory's.
         slo: the service-level class: `interactive`, `standard`, `batch` or the operator's own.
         deadline: seconds from a run's start to its end; the class caps it.
@@ -110,7 +117,7 @@ def workflow(
         UnsupportedError: no installed adapter can read `obj`; the message names the extra.
     """
     settings()
-    options = Options(name, _slo(slo, deadline), dict(roles or {}), tenant)
+    options = Options(name, read_slo(slo, deadline), dict(roles or {}), tenant)
     if obj is None:
         return lambda decorated: _wrap(decorated, options)
     return _wrap(obj, options)
@@ -122,7 +129,27 @@ def _wrap(obj: Any, options: Options, default_name: str | None = None) -> Any:
         return adapter.wrap(obj, options, default_name)
     if isroutine(obj) and default_name is None:
         return _wrap_factory(obj, options)
+    if isinstance(obj, AbstractAsyncContextManager) and default_name:
+        return _entered_async(obj, options, default_name)
+    if isinstance(obj, AbstractContextManager) and default_name:
+        return _entered(obj, options, default_name)
     raise unsupported(obj)
+
+
+@contextmanager
+def _entered(
+    graphs: AbstractContextManager[Any], options: Options, default_name: str
+) -> Iterator[Any]:
+    with graphs as graph:
+        yield _wrap(graph, options, default_name)
+
+
+@asynccontextmanager
+async def _entered_async(
+    graphs: AbstractAsyncContextManager[Any], options: Options, default_name: str
+) -> AsyncIterator[Any]:
+    async with graphs as graph:
+        yield _wrap(graph, options, default_name)
 
 
 def _wrap_factory(factory: Callable[..., Any], options: Options) -> Callable[..., Any]:
@@ -143,7 +170,12 @@ def _wrap_factory(factory: Callable[..., Any], options: Options) -> Callable[...
     return make
 
 
-def _slo(name: str, deadline: float | None) -> Slo:
+def read_slo(name: str, deadline: float | None) -> Slo:
+    """The service level that a user asked for.
+
+    Raises:
+        ConfigError: it is none; the message names the fix.
+    """
     try:
         return Slo(**cast(Any, {"class": name, "deadline_s": deadline}))
     except ValidationError as error:

@@ -1,7 +1,8 @@
 """Annotates chat completions of the stock `openai` package, from 1.93 to 3.x.
 
-The one hook that is stable across those majors is the SDK's own `_prepare_options`: it runs for
-sync and async, plain, streamed and parsed requests, and again for each retry.
+The one place that is stable across those majors is the SDK's own `request`: sync and async, plain,
+streamed and parsed requests all pass it, once each. The SDK's retries happen inside, on what went
+in: they repeat the identity.
 """
 
 from __future__ import annotations
@@ -9,34 +10,31 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
-from threading import Lock
 from typing import Any
 
-from ._context import current_call, render
-from ._log import fail_open
-from ._settings import is_maestro
+from ._context import begin_call, find_caller, render
+from ._fallback import detour_of
+from ._log import fail_open, tell_once
+from ._settings import is_maestro, origin, settings
 from .protocol import BODY_KEY, HEADER_RUN, HEADER_STAGE
 
-_HOOK = "_prepare_options"
+_HOOK = "request"
 _ORIGINAL = "__maestro_original__"
-_lock = Lock()
 
 
 def install() -> None:
     """Patch the client classes of `openai`, if it is imported. Idempotent."""
-    with _lock:
-        for client, wrap in _clients():
-            original = getattr(client, _HOOK)
-            if not hasattr(original, _ORIGINAL):
-                setattr(client, _HOOK, wrap(original))
+    for client, wrap in _clients():
+        original = getattr(client, _HOOK)
+        if not hasattr(original, _ORIGINAL):
+            setattr(client, _HOOK, wrap(original))
 
 
 def uninstall() -> None:
     """Undo `install`."""
-    with _lock:
-        for client, _ in _clients():
-            if original := getattr(getattr(client, _HOOK), _ORIGINAL, None):
-                setattr(client, _HOOK, original)
+    for client, _ in _clients():
+        if original := getattr(getattr(client, _HOOK), _ORIGINAL, None):
+            setattr(client, _HOOK, original)
 
 
 def _clients() -> Iterator[tuple[type, Callable[[Any], Any]]]:
@@ -49,38 +47,70 @@ def _clients() -> Iterator[tuple[type, Callable[[Any], Any]]]:
 
 def _wrap_sync(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def prepare(self: Any, options: Any) -> Any:
-        prepared = original(self, options)
-        _annotate(self, prepared)
-        return prepared
+    def request(self: Any, cast_to: Any, options: Any, **kwargs: Any) -> Any:
+        detour = detour_of(self, options)
+        first = None
+        if detour is None or detour.maestro_first():
+            try:
+                reply = original(self, cast_to, _annotated(self, options) or options, **kwargs)
+                return detour.unused(reply) if detour else reply
+            except Exception as error:
+                if detour is None or not detour.is_needed(error):
+                    raise
+                first = error
+        try:
+            return original(self, cast_to, detour.options, **kwargs)
+        except Exception as error:
+            raise error from first or error.__cause__
 
-    setattr(prepare, _ORIGINAL, original)
-    return prepare
+    setattr(request, _ORIGINAL, original)
+    return request
 
 
 def _wrap_async(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    async def prepare(self: Any, options: Any) -> Any:
-        prepared = await original(self, options)
-        _annotate(self, prepared)
-        return prepared
+    async def request(self: Any, cast_to: Any, options: Any, **kwargs: Any) -> Any:
+        detour = detour_of(self, options)
+        first = None
+        if detour is None or detour.maestro_first():
+            try:
+                told = _annotated(self, options) or options
+                reply = await original(self, cast_to, told, **kwargs)
+                return detour.unused(reply) if detour else reply
+            except Exception as error:
+                if detour is None or not detour.is_needed(error):
+                    raise
+                first = error
+        try:
+            return await original(self, cast_to, detour.options, **kwargs)
+        except Exception as error:
+            raise error from first or error.__cause__
 
-    setattr(prepare, _ORIGINAL, original)
-    return prepare
+    setattr(request, _ORIGINAL, original)
+    return request
 
 
 @fail_open
-def _annotate(client: Any, options: Any) -> None:
-    call = current_call.get()
-    if call is None or not _is_chat(options) or not is_maestro(str(client.base_url)):
-        return
+def _annotated(client: Any, options: Any) -> Any:
+    """A copy of `options` that says who is calling; None when there is nothing to say.
+
+    The SDK shares headers and body with the caller and with retries: they are never edited.
+    """
+    if not _is_chat(options):
+        return None
+    url = _target(client, options)
     given = dict(options.headers) if isinstance(options.headers, Mapping) else {}
+    if not is_maestro(url):
+        return _hint(url)
     if {HEADER_RUN, HEADER_STAGE} & {name.lower() for name in given}:
-        return
+        return None
+    if (call := begin_call()) is None:
+        return None
     headers, body = render(call)
-    # The SDK shares both dicts with the request's later retries: replace them, never edit them.
-    options.headers = {**given, **headers}
-    options.json_data = {**body, **options.json_data}
+    copy = options.model_copy()
+    copy.headers = {**given, **headers}
+    copy.json_data = {**body, **options.json_data}
+    return copy
 
 
 def _is_chat(options: Any) -> bool:
@@ -91,3 +121,17 @@ def _is_chat(options: Any) -> bool:
         and isinstance(body, dict)
         and BODY_KEY not in (getattr(options, "extra_json", None) or {})
     )
+
+
+def _target(client: Any, options: Any) -> str:
+    return str(options.url if "://" in options.url else client.base_url)
+
+
+def _hint(url: str) -> None:
+    if settings().active and find_caller():
+        tell_once(
+            f"elsewhere:{origin(url)}",
+            "calls of a workflow go to %s, not to MAESTRO_BASE_URL=%s: they are not annotated",
+            url,
+            settings().base_url,
+        )

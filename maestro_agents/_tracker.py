@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Final
+from weakref import WeakSet
 
 from ._context import CallContext
 from .protocol import (
     END,
+    MAX_CONTENT,
     Annotation,
     Announcement,
     Barrier,
@@ -26,6 +29,7 @@ from .protocol import (
     StageStarted,
     Successor,
     ToolEnded,
+    ToolsRequested,
     ToolStarted,
     Workflow,
 )
@@ -34,6 +38,8 @@ MAX_RUNS: Final = 4096
 """Most runs remembered at once; beyond it the oldest is forgotten."""
 
 Events = tuple[RunEvent, ...]
+
+_trackers: WeakSet[Tracker] = WeakSet()
 
 
 @dataclass(slots=True)
@@ -77,6 +83,7 @@ class Tracker:
         self._runs: OrderedDict[str, _Run] = OrderedDict()
         self._announced: dict[str, Announcement] = {}
         self._lock = RLock()
+        _trackers.add(self)
 
     def run_started(self, run: str, conversation: str | None = None) -> Events:
         """A run begins; its first stage has not started yet."""
@@ -120,6 +127,7 @@ class Tracker:
         stage: str,
         *,
         step: int | None = None,
+        attempt: int = 0,
         role: str | None = None,
     ) -> Events:
         """A stage begins. `role` is used only where the workflow does not know the stage."""
@@ -129,7 +137,11 @@ class Tracker:
             instance = state.started[stage]
             state.started[stage] += 1
             state.executions[execution] = _Execution(stage, instance, self._role(stage, role))
-        return (StageStarted(at=self._clock(), stage=stage, instance=instance, step=step),)
+        return (
+            StageStarted(
+                at=self._clock(), stage=stage, instance=instance, step=step, attempt=attempt
+            ),
+        )
 
     def routed(self, run: str, execution: str, chosen: Iterable[Successor]) -> None:
         """Routing is known: the stage's announcement narrows to what follows by it."""
@@ -154,17 +166,30 @@ class Tracker:
             ),
         )
 
-    def tool_started(self, run: str, execution: str, key: str, tool: str) -> Events:
-        """A tool begins inside a stage; `key` tells apart tools that run side by side."""
+    def tools_requested(self, stage: str | None, instance: int, tools: tuple[str, ...]) -> Events:
+        """The completion of a call asked for tools."""
+        if stage is None:
+            return ()
+        return (
+            ToolsRequested(at=self._clock(), stage=stage, instance=instance, tools=tools[:128]),
+        )
+
+    def tool_started(
+        self, run: str, execution: str, key: str, tool: str, content: str | None = None
+    ) -> Events:
+        """A tool begins inside a stage; `key` tells apart tools that run side by side.
+
+        `content` is its input, given only where content may be sent.
+        """
         with self._lock:
             if (found := self._execution(run, execution)) is None:
                 return ()
             now = self._clock()
             self._runs[run].tools[key] = (found.stage, tool, now)
-        return (ToolStarted(at=now, stage=found.stage, tool=tool),)
+        return (ToolStarted(at=now, stage=found.stage, tool=tool, input=_cut(content)),)
 
-    def tool_ended(self, run: str, key: str) -> Events:
-        """A tool ends, well or not."""
+    def tool_ended(self, run: str, key: str, content: str | None = None) -> Events:
+        """A tool ends, well or not. `content` is its output, as for `tool_started`."""
         with self._lock:
             state = self._runs.get(run)
             found = state.tools.pop(key, None) if state else None
@@ -172,7 +197,8 @@ class Tracker:
             return ()
         stage, tool, began = found
         now = self._clock()
-        return (ToolEnded(at=now, stage=stage, tool=tool, duration_s=max(0.0, now - began)),)
+        took_s = max(0.0, now - began)
+        return (ToolEnded(at=now, stage=stage, tool=tool, duration_s=took_s, output=_cut(content)),)
 
     def call_started(
         self, run: str, execution: str, *, barrier: Barrier | None = None
@@ -234,3 +260,16 @@ class Tracker:
             ),
             open_ended=not inside or path in self.workflow.open_ended,
         )
+
+
+def _cut(content: str | None) -> str | None:
+    return content[:MAX_CONTENT] if content else None
+
+
+def _unlock_in_child() -> None:
+    """In a forked child: the thread that held a lock is not there to let it go."""
+    for tracker in _trackers:
+        tracker._lock = RLock()
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)

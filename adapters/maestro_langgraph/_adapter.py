@@ -1,55 +1,58 @@
-"""The adapter behind `workflow(graph)`: a copy of the graph that carries our callback handler."""
+"""The adapter that the core finds by its entry point. LangGraph is imported when it is needed."""
 
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
 from maestro_agents._adapters import Options
+from maestro_agents.protocol import UnsupportedError
 
 T = TypeVar("T")
 
 
 class LangGraphAdapter:
-    """Reads compiled LangGraph graphs, `create_agent` agents and `@entrypoint` functions.
-
-    LangGraph is imported when the first graph is wrapped, not when the adapter is found.
-    """
+    """Reads compiled LangGraph graphs, `create_agent` agents and `@entrypoint` functions."""
 
     def handles(self, obj: object) -> bool:
-        """Whether `obj` is a graph that runs in this process."""
+        """Whether `obj` is of LangGraph; `wrap` says so if it is no graph that runs here."""
         if "langgraph" not in sys.modules:
             return False
-        from langgraph.pregel import Pregel
+        from langgraph.graph import StateGraph
+        from langgraph.pregel.protocol import PregelProtocol
 
-        return isinstance(obj, Pregel)
+        return isinstance(obj, PregelProtocol | StateGraph)
 
     def wrap(self, obj: T, options: Options, default_name: str | None = None) -> T:
         """A copy of the graph, of the same class. A graph that is wrapped already is wrapped
         anew: the last options hold."""
-        from maestro_agents._control import control
+        from langgraph.graph import StateGraph
+        from langgraph.pregel import Pregel
 
-        from ._graph import read_graph
-        from ._handler import MaestroHandler
+        from ._following import follow, handler_for
 
+        if isinstance(obj, StateGraph):
+            raise UnsupportedError("compile the graph first: workflow(builder.compile())")
+        if not isinstance(obj, Pregel):
+            kind = type(obj).__qualname__
+            raise UnsupportedError(f"a {kind} runs elsewhere: call workflow() where the graph is")
         graph = cast(Any, obj)
-        found = read_graph(graph, options, default_name)
-        control.register(found.workflow)
-        config = dict(graph.config or {})
-        config["callbacks"] = _without(MaestroHandler, config.get("callbacks"))
-        bare = graph.copy({"config": config})
-        return cast(T, bare.with_config(callbacks=[MaestroHandler(found, options)]))
+        return cast(T, follow(graph, handler_for(graph, options, default_name)))
 
+    def instrument(self, options: Options) -> None:
+        """Follow every graph of this process that runs from now on and is not wrapped."""
+        if find_spec("langgraph"):
+            from ._instrument import instrumentation
 
-def _without(handler: type, callbacks: Any) -> Any:
-    """`callbacks`, a list or a LangChain callback manager, less the handlers of one class."""
-    if callbacks is None or isinstance(callbacks, list):
-        return [other for other in callbacks or () if not isinstance(other, handler)]
-    manager = callbacks.copy()
-    for other in list(manager.handlers):
-        if isinstance(other, handler):
-            manager.remove_handler(other)
-    return manager
+            instrumentation.start(options)
+
+    def uninstrument(self) -> None:
+        """Undo `instrument`."""
+        if "langgraph" in sys.modules:
+            from ._instrument import instrumentation
+
+            instrumentation.stop()
 
 
 adapter = LangGraphAdapter()

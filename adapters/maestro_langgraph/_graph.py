@@ -23,8 +23,9 @@ from maestro_agents.protocol import (
 
 from . import _roles
 from ._internals import UNNAMED
-from ._levels import AnyPregel, Leaf, Level, read
+from ._levels import AnyPregel, Leaf, Level
 from ._points import Points
+from ._reading import read
 from ._routing import Target
 
 
@@ -38,7 +39,12 @@ class GraphMap:
 
     def is_container(self, path: str) -> bool:
         """Whether `path` is a subgraph, which is no stage itself."""
-        return path in self.levels
+        return path in self.levels and path not in self.workflow.stage_by_path
+
+    def prefix_of(self, path: str, name: str) -> str:
+        """The prefix of a graph called `name` that runs inside `path`."""
+        named = f"{path}/{name}"
+        return named if named in self.levels else path
 
     def successors(self, prefix: str, node: str, chosen: Iterable[Target]) -> tuple[Successor, ...]:
         """What follows a node of a level on the wire, once routing has chosen.
@@ -96,7 +102,13 @@ def _edges(points: Points, leaves: Iterable[Leaf]) -> Iterator[Edge]:
 
 def _stage(leaf: Leaf, roles: Mapping[str, str]) -> Stage:
     model = leaf.marked.model if leaf.marked else None
-    return Stage(path=leaf.path, role=_roles.role_of(leaf, roles), model=model)
+    return Stage(
+        path=leaf.path,
+        role=_roles.role_of(leaf, roles),
+        model=model,
+        calls=False if leaf.only_tools else None,
+        deferred=leaf.deferred,
+    )
 
 
 def _name(graph: AnyPregel, chosen: str | None, default: str | None) -> str:

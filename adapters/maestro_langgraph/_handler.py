@@ -7,8 +7,8 @@ a model call is what the HTTP client sees. It does no I/O and never raises.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
@@ -18,7 +18,7 @@ from langgraph.types import Command
 
 from maestro_agents import _openai_hook
 from maestro_agents._adapters import Options
-from maestro_agents._context import CallContext, current_call
+from maestro_agents._context import CallContext, Caller, add_finder, current_caller
 from maestro_agents._control import control
 from maestro_agents._log import fail_open
 from maestro_agents._settings import settings
@@ -26,10 +26,19 @@ from maestro_agents._tracker import Events, Tracker
 from maestro_agents.protocol import START
 
 from ._graph import GraphMap
-from ._internals import AGENT_NAME, NAMESPACE, THREAD, follows_node, names_of, superstep_of
+from ._internals import (
+    AGENT_NAME,
+    NAMESPACE,
+    NODE,
+    THREAD,
+    current_callback_run,
+    follows_node,
+    is_task,
+    superstep_of,
+)
 from ._routing import Target, read_choice, read_command
 from ._supersteps import Supersteps
-from ._tasks import Frame, Run, Task
+from ._tasks import Frame, GraphRun, Run, Task
 
 MAX_PAUSED: Final = 1024
 
@@ -48,6 +57,7 @@ class MaestroHandler(GraphCallbackHandler):
         self.options = options
         self._tracker = Tracker(graph.workflow, slo=options.slo, tenant=options.tenant)
         self._paused: OrderedDict[str, Run] = OrderedDict()
+        add_finder(_caller_of_context)
 
     @fail_open
     def on_chain_start(
@@ -67,10 +77,12 @@ class MaestroHandler(GraphCallbackHandler):
             if step is None and settings().active:
                 self._begin_run(run_id, inputs, metadata or {})
         elif above.owner is self:
-            if step is None:
-                self._begin_inner(run_id, above, tags)
-            else:
+            if step is not None:
                 self._begin_task(run_id, above, step, metadata or {})
+            elif above.task and is_task(metadata or {}, above.task.namespace):
+                self._begin_called_task(run_id, above, above.task, metadata or {})
+            else:
+                self._begin_inner(run_id, above, tags, kwargs.get("name") or "")
 
     @fail_open
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
@@ -88,25 +100,32 @@ class MaestroHandler(GraphCallbackHandler):
         *,
         run_id: UUID,
         parent_run_id: UUID | None = None,
-        batch_size: int = 1,
         **kwargs: Any,
     ) -> None:
         frame = self._frame(parent_run_id)
         if frame is None or frame.task is None:
             return
-        _openai_hook.install()
-        task = frame.task
-        call = self._tracker.call_started(frame.run.id, task.key, barrier=task.barrier())
-        current_call.set(_of_run_only(call) if call and batch_size > 1 else call)
-        self._enter(run_id, frame.run, task)
+        _openai_hook.install()  # now it is imported for sure
+        mine = self._enter(run_id, frame.run, frame.task)
+        current_caller.set(partial(self.begin_call, mine))
 
     @fail_open
     def on_llm_end(self, response: Any, *, run_id: UUID, **kwargs: Any) -> None:
-        self._end_call(run_id)
+        frame = self._end_call(run_id)
+        if frame and frame.call and (tools := tuple(_tools_requested(response))):
+            instance = frame.call.identity.instance
+            stage = frame.call.identity.stage
+            self._post(frame.run, self._tracker.tools_requested(stage, instance, tools))
 
     @fail_open
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         self._end_call(run_id)
+
+    def begin_call(self, frame: Frame) -> CallContext | None:
+        """The next call of the stage that `frame` is in."""
+        if task := frame.task:
+            frame.call = self._tracker.call_started(frame.run.id, task.key, barrier=task.barrier())
+        return frame.call
 
     @fail_open
     def on_tool_start(
@@ -123,12 +142,17 @@ class MaestroHandler(GraphCallbackHandler):
             return
         self._enter(run_id, frame.run, frame.task)
         tool = (serialized or {}).get("name") or kwargs.get("name") or "tool"
+        given = input_str if settings().send_content else None
         key = str(run_id)
-        self._post(frame.run, self._tracker.tool_started(frame.run.id, frame.task.key, key, tool))
+        self._post(
+            frame.run,
+            self._tracker.tool_started(frame.run.id, frame.task.key, key, tool, given),
+        )
 
     @fail_open
     def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
-        self._end_tool(run_id)
+        content = getattr(output, "content", output)
+        self._end_tool(run_id, str(content) if settings().send_content else None)
 
     @fail_open
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
@@ -142,46 +166,63 @@ class MaestroHandler(GraphCallbackHandler):
             self._post(frame.run, self._tracker.run_paused(frame.run.id))
 
     def _begin_run(self, run_id: UUID, inputs: Any, metadata: Mapping[str, Any]) -> None:
+        _openai_hook.install()  # again: openai may have been imported since the graph was wrapped
         conversation = str(metadata[THREAD]) if metadata.get(THREAD) else None
         resumes = inputs is None or isinstance(inputs, Command)
         run = self._paused.pop(conversation, None) if conversation else None
         if run and not resumes:
             self._post(run, self._tracker.run_ended(run.id))
         if run and resumes and (events := self._tracker.run_resumed(run.id)):
-            run.paused, run.steps = False, self._steps("")
+            run.paused = False
             self._post(run, events)
         else:
-            outside = names_of(metadata.get(NAMESPACE, ""))
-            run = Run(str(run_id), conversation, outside, self._steps(""))
+            run = Run(str(run_id), conversation)
             self._post(run, self._tracker.run_started(run.id, conversation))
         self._enter(run_id, run, None).opened = run
 
-    def _begin_inner(self, run_id: UUID, above: Frame, tags: Sequence[str] | None) -> None:
+    def _begin_inner(
+        self, run_id: UUID, above: Frame, tags: Sequence[str] | None, name: str
+    ) -> None:
         frame = self._enter(run_id, above.run, above.task)
+        frame.name = name
         if above.task and above.opened is above.task and follows_node(tags):
             above.task.followers.append(frame)
 
     def _begin_task(
         self, run_id: UUID, above: Frame, step: int, metadata: Mapping[str, Any]
     ) -> None:
-        run, parent = above.run, above.task
-        names = names_of(metadata.get(NAMESPACE, ""))
-        if names[: len(run.outside)] == run.outside:
-            names = names[len(run.outside) :]
-        task = Task(
-            key=str(run_id),
-            names=names,
-            step=step,
-            parent=parent,
-            steps=parent.inner if parent else run.steps,
-            inner=self._steps("/".join(names)),
-        )
-        task.steps.begun(step, task.node)
+        within = above.graph = above.graph or self._graph_run(above)
+        namespace, node = metadata.get(NAMESPACE, ""), metadata.get(NODE, "")
+        task = Task(str(run_id), node, namespace, step, within, above.task)
+        within.steps.begun(step, node)
+        self._start(run_id, above.run, task, metadata)
+
+    def _begin_called_task(
+        self, run_id: UUID, above: Frame, host: Task, metadata: Mapping[str, Any]
+    ) -> None:
+        """A `@task` that a node or an entrypoint calls: it has no superstep of its own."""
+        within = GraphRun(host.path, Supersteps(None))
+        namespace, node = metadata.get(NAMESPACE, ""), metadata.get(NODE, "")
+        task = Task(str(run_id), node, namespace, host.step, within, host)
+        self._start(run_id, above.run, task, metadata)
+
+    def _start(self, run_id: UUID, run: Run, task: Task, metadata: Mapping[str, Any]) -> None:
         self._enter(run_id, run, task).opened = task
         if task.node != START and not self.graph.is_container(task.path):
-            role = metadata.get(AGENT_NAME)
-            events = self._tracker.stage_started(run.id, task.key, task.path, step=step, role=role)
+            events = self._tracker.stage_started(
+                run.id,
+                task.key,
+                task.path,
+                step=task.step,
+                attempt=task.within.failures[task.namespace],
+                role=metadata.get(AGENT_NAME),
+            )
             self._post(run, events)
+
+    def _graph_run(self, frame: Frame) -> GraphRun:
+        """The graph whose first task begins directly below `frame`."""
+        prefix = self.graph.prefix_of(frame.task.path, frame.name) if frame.task else ""
+        return GraphRun(prefix, Supersteps(self.graph.levels.get(prefix)))
 
     def _end(self, run_id: UUID, output: Any, error: BaseException | None) -> None:
         if (frame := self._leave(run_id)) is None:
@@ -193,30 +234,29 @@ class MaestroHandler(GraphCallbackHandler):
             self._end_run(frame.run, error)
 
     def _end_task(self, run: Run, task: Task, output: Any, error: BaseException | None) -> None:
-        prefix, chosen = self._choice(run, task, output, error)
-        if chosen is not None and prefix in self.graph.levels:
-            node = task.names[prefix.count("/") + 1 if prefix else 0]
-            self._tracker.routed(run.id, task.key, self.graph.successors(prefix, node, chosen))
-        if prefix == task.prefix and (error is None or chosen is not None):
-            task.steps.ended(task.step, task.node, chosen)
-        self._post(run, self._tracker.stage_ended(run.id, task.key, failed=_failed(error)))
+        router, chosen = self._choice(task, output, error)
+        if router and chosen is not None and router.within.prefix in self.graph.levels:
+            following = self.graph.successors(router.within.prefix, router.node, chosen)
+            self._tracker.routed(run.id, task.key, following)
+        failed = _failed(error)
+        if failed:
+            task.within.failures[task.namespace] += 1
+        elif router is task and (error is None or chosen is not None):
+            task.within.steps.ended(task.step, task.node, chosen)
+        self._post(run, self._tracker.stage_ended(run.id, task.key, failed=failed))
 
     def _choice(
-        self, run: Run, task: Task, output: Any, error: BaseException | None
-    ) -> tuple[str, tuple[Target, ...] | None]:
-        """The level in which the task chose what follows, and its choice."""
+        self, task: Task, output: Any, error: BaseException | None
+    ) -> tuple[Task | None, tuple[Target, ...] | None]:
+        """The task whose successors were chosen, this one or one around it, and the choice."""
         if isinstance(error, ParentCommand):
             command = error.args[0]
-            if command.graph == Command.PARENT:
-                level = task.names[:-2]
-            else:
-                level = names_of(str(command.graph))[len(run.outside) : -1]
-            return "/".join(level), read_command(command)
-        level_of_task = self.graph.levels.get(task.prefix)
-        if error is not None or level_of_task is None:
-            return task.prefix, None
+            return _addressee(task, command.graph), read_command(command)
+        level = self.graph.levels.get(task.within.prefix)
+        if error is not None or level is None:
+            return task, None
         followers = [frame.output for frame in task.followers]
-        return task.prefix, read_choice(level_of_task, task.node, followers, output)
+        return task, read_choice(level, task.node, followers, output)
 
     def _end_run(self, run: Run, error: BaseException | None) -> None:
         for run_id in tuple(run.frames):
@@ -229,13 +269,14 @@ class MaestroHandler(GraphCallbackHandler):
             _, run = self._paused.popitem(last=False)
         self._post(run, self._tracker.run_ended(run.id, failed=_failed(error)))
 
-    def _end_call(self, run_id: UUID) -> None:
-        if self._leave(run_id):
-            current_call.set(None)
-
-    def _end_tool(self, run_id: UUID) -> None:
+    def _end_call(self, run_id: UUID) -> Frame | None:
         if frame := self._leave(run_id):
-            self._post(frame.run, self._tracker.tool_ended(frame.run.id, str(run_id)))
+            current_caller.set(None)
+        return frame
+
+    def _end_tool(self, run_id: UUID, output: str | None = None) -> None:
+        if frame := self._leave(run_id):
+            self._post(frame.run, self._tracker.tool_ended(frame.run.id, str(run_id), output))
 
     def _frame(self, run_id: UUID | None) -> Frame | None:
         """The frame of a callback run that this handler follows."""
@@ -253,9 +294,6 @@ class MaestroHandler(GraphCallbackHandler):
             frame.run.frames.discard(run_id)
         return frame
 
-    def _steps(self, prefix: str) -> Supersteps:
-        return Supersteps(self.graph.levels.get(prefix))
-
     def _post(self, run: Run, events: Events) -> None:
         if events:
             control.post(self.graph.workflow, run.id, events)
@@ -266,7 +304,26 @@ def _failed(error: BaseException | None) -> bool:
     return error is not None and not isinstance(error, GraphBubbleUp | GeneratorExit)
 
 
-def _of_run_only(call: CallContext) -> CallContext:
-    """For several prompts in one `generate`: all start before the first request is made, so it
-    cannot be said which request is which call."""
-    return replace(call, identity=call.identity.model_copy(update={"stage": None, "instance": 0}))
+def _addressee(task: Task, graph: str | None) -> Task | None:
+    """The task that a Command which left `task` makes route: this one, or one around it."""
+    if graph == Command.PARENT:
+        return task.parent
+    found: Task | None = task
+    while found and found.namespace != graph:
+        found = found.parent
+    return found
+
+
+def _tools_requested(response: Any) -> Iterator[str]:
+    for generation in response.generations[0][:1]:
+        for call in getattr(generation.message, "tool_calls", ()):
+            yield call["name"]
+
+
+def _caller_of_context() -> Caller | None:
+    """Of whoever calls a model by hand inside a node."""
+    run_id, _ = current_callback_run()
+    frame = _frames.get(run_id) if run_id else None
+    if frame is None or frame.task is None or not isinstance(frame.owner, MaestroHandler):
+        return None
+    return partial(frame.owner.begin_call, frame)

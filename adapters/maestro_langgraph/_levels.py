@@ -1,25 +1,15 @@
-"""Reads a compiled graph into levels: one per graph, nested ones included, as its builder says."""
+"""What a graph is read into: levels, one per graph, nested ones included, and leaves."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from langgraph.graph.state import StateGraph
 from langgraph.pregel import Pregel
 
-from maestro_agents._decorators import Agent, agent_of
-from maestro_agents.protocol import END, START
-
-from ._internals import (
-    AGENT_NAME,
-    builder_of,
-    ends_of,
-    functions_of,
-    is_observable,
-    metadata_of,
-)
+from maestro_agents._decorators import Agent
+from maestro_agents.protocol import END
 
 AnyPregel = Pregel[Any, Any, Any, Any]
 
@@ -42,19 +32,24 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One graph, by its local node names. `prefix` is the path of the node it is, "" for the root.
+    """One graph, by its local node names. `prefix` is the path it has, "" for the root.
 
-    `containers` are the nodes that are graphs themselves; `commands` maps a node to the
-    destinations that its `Command`s were declared to have.
+    `containers` are the nodes that are graphs themselves; `called` maps a node to the prefixes of
+    the graphs that its function calls; `commands` maps a node to the destinations that its
+    `Command`s were declared to have; `tools` maps a node of tools to the nodes, one level up, that
+    these hand over to. A `deferred` node starts when nothing else is left to run.
     """
 
     prefix: str
     nodes: tuple[str, ...]
-    containers: frozenset[str]
-    plain: Mapping[str, tuple[str, ...]]
-    waiting: tuple[Waiting, ...]
-    branches: Mapping[str, tuple[Branch, ...]]
-    commands: Mapping[str, tuple[str, ...]]
+    containers: frozenset[str] = frozenset()
+    called: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    plain: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    waiting: tuple[Waiting, ...] = ()
+    branches: Mapping[str, tuple[Branch, ...]] = field(default_factory=dict)
+    commands: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tools: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    deferred: frozenset[str] = frozenset()
 
     def path(self, node: str) -> str:
         return f"{self.prefix}/{node}" if self.prefix else node
@@ -73,19 +68,25 @@ class Level:
                 yield END
             else:
                 yield from branch.ends.values()
-        if self.is_sink(node):
+        if self.is_sink(node) or self.may_only_end(node):
             yield END
 
     def is_sink(self, node: str) -> bool:
         """No way out is declared: it ends the graph, or returns Commands nobody declared."""
-        declared = (self.plain, self.branches, self.commands)
-        waited = any(node in join.sources for join in self.waiting)
-        return not waited and not any(node in table for table in declared)
+        return node not in self.commands and not self._leads_on(node)
+
+    def may_only_end(self, node: str) -> bool:
+        """A graph whose Commands are declared, and no edge: without a Command it is the end."""
+        return node in self.containers and not self._leads_on(node)
 
     def is_open_ended(self, node: str) -> bool:
         """Whether routing may reach any node."""
         anywhere = any(branch.ends is None for branch in self.branches.get(node, ()))
         return anywhere or self.is_sink(node)
+
+    def _leads_on(self, node: str) -> bool:
+        waited = any(node in join.sources for join in self.waiting)
+        return waited or node in self.plain or node in self.branches
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,74 +97,5 @@ class Leaf:
     marked: Agent | None
     agent_name: str | None
     metadata_role: str | None
-
-
-def read(graph: AnyPregel) -> tuple[tuple[Level, ...], tuple[Leaf, ...]]:
-    """All levels (the root first) and leaves of `graph`, in the order of their making."""
-    levels: list[Level] = []
-    leaves: list[Leaf] = []
-    _read(graph, "", None, None, levels, leaves)
-    return tuple(levels), tuple(leaves)
-
-
-def _read(
-    graph: AnyPregel,
-    prefix: str,
-    agent_name: str | None,
-    role: str | None,
-    levels: list[Level],
-    leaves: list[Leaf],
-) -> None:
-    agent_name = _text(metadata_of(graph), AGENT_NAME) or agent_name
-    builder = builder_of(graph)
-    level = _level(prefix, builder) if builder else _opaque(prefix, graph)
-    levels.append(level)
-    for node in level.nodes:
-        spec = builder.nodes[node] if builder else None
-        node_role = _text(spec.metadata or {}, "role") if spec else None
-        if spec and isinstance(spec.runnable, Pregel):
-            inner = (level.path(node), agent_name, node_role or role)
-            _read(spec.runnable, *inner, levels, leaves)
-        else:
-            marked = _marked(spec.runnable) if spec else None
-            leaves.append(Leaf(level.path(node), marked, agent_name, node_role or role))
-
-
-def _level(prefix: str, builder: StateGraph[Any, Any, Any, Any]) -> Level:
-    order = {name: at for at, name in enumerate((START, *builder.nodes, END))}
-    plain: dict[str, tuple[str, ...]] = {}
-    for source, target in sorted(builder.edges, key=lambda edge: order[edge[1]]):
-        plain[source] = (*plain.get(source, ()), target)
-    return Level(
-        prefix=prefix,
-        nodes=tuple(builder.nodes),
-        containers=frozenset(
-            name for name, spec in builder.nodes.items() if isinstance(spec.runnable, Pregel)
-        ),
-        plain=plain,
-        waiting=tuple(
-            Waiting(sources, target) for sources, target in sorted(builder.waiting_edges)
-        ),
-        branches={
-            source: tuple(Branch(ends_of(b), is_observable(b)) for b in branches.values())
-            for source, branches in builder.branches.items()
-            if branches
-        },
-        commands={name: tuple(spec.ends) for name, spec in builder.nodes.items() if spec.ends},
-    )
-
-
-def _opaque(prefix: str, graph: AnyPregel) -> Level:
-    """An `@entrypoint`: its node is known, its tasks only once they run."""
-    nodes = tuple(node for node in graph.nodes if node != START)
-    return Level(prefix, nodes, frozenset(), {START: nodes}, (), {}, {})
-
-
-def _marked(runnable: object) -> Agent | None:
-    marks = (agent_of(function) for function in functions_of(runnable))
-    return next((mark for mark in marks if mark), None)
-
-
-def _text(metadata: Mapping[str, Any], key: str) -> str | None:
-    value = metadata.get(key)
-    return value if isinstance(value, str) and value else None
+    deferred: bool = False
+    only_tools: bool = False

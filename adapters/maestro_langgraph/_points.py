@@ -3,6 +3,10 @@
 Each nested graph stands for two points, its start and its end. Edges into the graph lead to its
 start, edges out of it leave from its end; then the points are taken out again by joining what
 leads to them with what leaves them. Such an edge is a candidate if any part of it is.
+
+A graph that a node's function calls lies between the node and what follows it: the node may lead
+to its start, and its end leads to its start again, or where the node leads. Tools may hand over
+from inside a graph to what the graph's own `Command`s were declared to reach.
 """
 
 from __future__ import annotations
@@ -25,10 +29,17 @@ class Points:
         self._leaves = tuple(leaf.path for leaf in leaves)
         self._out: dict[str, Reach] = {}
         for level in self._levels.values():
-            for source, target, candidate in _edges(level):
-                edges = self._out.setdefault(self.leaving(level, source), {})
+            for source, target, candidate in self._edges(level):
                 entered = self.entering(level, target)
-                edges[entered] = edges.get(entered, True) and candidate
+                for point in self._exits(level, source):
+                    self._lead(point, entered, candidate)
+            for node, prefixes in level.called.items():
+                for point in self._exits(level, node):
+                    for prefix in prefixes:
+                        self._lead(point, f"{prefix}/{START}", True)
+            for node in level.tools:
+                for point in self._handoffs(level, node):
+                    self._lead(self.leaving(level, node), point, True)
 
     def entering(self, level: Level, node: str) -> str:
         """The point where `node` of `level` begins; END is where the level ends."""
@@ -70,6 +81,46 @@ class Points:
             for node in level.nodes:
                 if level.is_open_ended(node):
                     yield from self._lasts(level, node)
+                    for prefix in level.called.get(node, ()):
+                        yield from self._last_inside(self._levels[prefix])
+
+    def _lead(self, point: str, target: str, candidate: bool) -> None:
+        edges = self._out.setdefault(point, {})
+        edges[target] = edges.get(target, True) and candidate
+
+    def _exits(self, level: Level, node: str) -> list[str]:
+        """Where `node` may end: its own point, and the ends of the graphs that it calls."""
+        return [self.leaving(level, node), *(f"{p}/{END}" for p in level.called.get(node, ()))]
+
+    def _edges(self, level: Level) -> Iterator[tuple[str, str, bool]]:
+        """The edges of a level by local names; True where routing must choose."""
+        for source, targets in level.plain.items():
+            choice = source in level.tools and bool(self._handoffs(level, source))
+            yield from ((source, target, choice) for target in targets)
+        for waiting in level.waiting:
+            yield from ((source, waiting.target, False) for source in waiting.sources)
+        for source in (START, *level.nodes):
+            if source != START or source in level.branches:
+                passed = level.commands.get(source, ()) if self._hands_over(level, source) else ()
+                for target in level.candidates(source):
+                    if target == END or target not in passed:
+                        yield source, target, True
+
+    def _hands_over(self, level: Level, node: str) -> bool:
+        """Whether the Commands of a nested graph are those of its tools."""
+        inner = self._levels.get(level.path(node)) if node in level.containers else None
+        return inner is not None and any(self._handoffs(inner, tools) for tools in inner.tools)
+
+    def _handoffs(self, level: Level, node: str) -> list[str]:
+        """The points outside of a nested graph that a node of tools may hand over to: what its
+        tools say, else what the graph's Commands were declared to reach."""
+        prefix, _, name = level.prefix.rpartition("/")
+        above = self._levels.get(prefix)
+        if not level.prefix or above is None or name not in above.containers:
+            return []
+        said = [target for targets in level.tools.values() for target in targets]
+        targets = level.tools[node] if said else above.commands.get(name, ())
+        return [self.entering(above, t) for t in targets if t in above.nodes]
 
     def _reach(self, point: str, passed: frozenset[str]) -> Reach:
         if not _is_virtual(point):
@@ -91,12 +142,14 @@ class Points:
         """The stages that may be the last of `node`: itself, or those that lead to its end."""
         if node not in level.containers:
             return [level.path(node)]
-        inner = self._levels[level.path(node)]
+        return self._last_inside(self._levels[level.path(node)])
+
+    def _last_inside(self, level: Level) -> list[str]:
         return [
             stage
-            for child in inner.nodes
-            if self._ends(inner, child)
-            for stage in self._lasts(inner, child)
+            for node in level.nodes
+            if self._ends(level, node)
+            for stage in self._lasts(level, node)
         ]
 
     def _ends(self, level: Level, node: str) -> bool:
@@ -106,13 +159,3 @@ class Points:
 def _is_virtual(point: str) -> bool:
     prefix, _, name = point.rpartition("/")
     return prefix != "" and name in (START, END)
-
-
-def _edges(level: Level) -> Iterator[tuple[str, str, bool]]:
-    for source, targets in level.plain.items():
-        yield from ((source, target, False) for target in targets)
-    for waiting in level.waiting:
-        yield from ((source, waiting.target, False) for source in waiting.sources)
-    for source in (START, *level.nodes):
-        if source != START or source in level.branches:
-            yield from ((source, target, True) for target in level.candidates(source))

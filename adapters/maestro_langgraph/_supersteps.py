@@ -40,6 +40,8 @@ class Supersteps:
             if step not in self._steps:
                 self._steps[step] = self._first(node)
             self._steps[step].begun += 1
+            if self._level and node in self._level.deferred:
+                self._steps[step].known = False  # it may wait with others, for who knows how long
 
     def ended(self, step: int, node: str, chosen: Iterable[Target] | None) -> None:
         """A task of `step` ends: what it leads to belongs to the next step."""
@@ -63,7 +65,7 @@ class Supersteps:
         for target in (*targets, *(chosen or ())):
             if target.sent:
                 following.sent += 1
-            elif target.node != END:
+            elif target.node not in (END, *self._level.deferred):
                 following.pulled.add(target.node)
 
     def _first(self, node: str) -> _Step:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+from maestro_agents._context import CallContext
 from maestro_agents.protocol import Barrier
 
 from ._supersteps import Supersteps
@@ -13,47 +15,49 @@ from ._supersteps import Supersteps
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One execution of a wrapped graph. `outside` are the names of graphs around it that are not
-    wrapped. `frames` are the callback runs to forget when it is over."""
+    """One execution of a followed graph. `frames` are the callback runs to forget when it ends."""
 
     id: str
     conversation: str | None
-    outside: tuple[str, ...]
-    steps: Supersteps
     frames: set[UUID] = field(default_factory=set)
     paused: bool = False
 
 
 @dataclass(slots=True, eq=False)
+class GraphRun:
+    """One execution of one graph, the root or a nested one, by the prefix of its stages.
+
+    `failures` counts the errors of each task, by its checkpoint namespace.
+    """
+
+    prefix: str
+    steps: Supersteps
+    failures: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(slots=True, eq=False)
 class Task:
-    """One run of a node. `names` is its path; `inner` counts the steps of the graph it is."""
+    """One run of the node `node`, or of a `@task`, in superstep `step` of the graph it is in."""
 
     key: str
-    names: tuple[str, ...]
+    node: str
+    namespace: str
     step: int
+    within: GraphRun
     parent: Task | None
-    steps: Supersteps
-    inner: Supersteps
     followers: list[Frame] = field(default_factory=list)
 
     @property
-    def node(self) -> str:
-        return self.names[-1]
-
-    @property
     def path(self) -> str:
-        return "/".join(self.names)
-
-    @property
-    def prefix(self) -> str:
-        return "/".join(self.names[:-1])
+        prefix = self.within.prefix
+        return f"{prefix}/{self.node}" if prefix else self.node
 
     def barrier(self) -> Barrier | None:
         """The innermost superstep around the task that has siblings, else the outermost."""
         found: Barrier | None = None
         task: Task | None = self
         while task is not None:
-            if width := task.steps.width(task.step):
+            if width := task.within.steps.width(task.step):
                 found = Barrier(step=task.step, width=width)
                 if width > 1:
                     break
@@ -65,11 +69,15 @@ class Task:
 class Frame:
     """One callback run inside a Run, and the task it belongs to.
 
-    `owner` is the handler that follows the run; `opened` is the Run or Task that ends with it.
+    `owner` is the handler that follows the run; `opened` is the Run or Task that ends with it;
+    `graph` is there once a task has begun directly below: then this is the run of a graph.
     """
 
     owner: object
     run: Run
     task: Task | None = None
     opened: Run | Task | None = None
+    name: str = ""
+    graph: GraphRun | None = None
+    call: CallContext | None = None
     output: Any = None

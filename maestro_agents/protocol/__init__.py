@@ -4,6 +4,7 @@ from ._annotation import Annotation, Announcement, Barrier, Slo, Successor
 from ._base import (
     END,
     MAX_ANNOTATION_BYTES,
+    MAX_CONTENT,
     MAX_EDGES,
     MAX_EVENTS,
     MAX_STAGES,
@@ -23,6 +24,7 @@ from ._events import (
     StageEnded,
     StageStarted,
     ToolEnded,
+    ToolsRequested,
     ToolStarted,
 )
 from ._headers import (
@@ -52,6 +54,7 @@ __all__ = [
     "HEADER_WORKER",
     "HEADER_WORKFLOW",
     "MAX_ANNOTATION_BYTES",
+    "MAX_CONTENT",
     "MAX_EDGES",
     "MAX_EVENTS",
     "MAX_STAGES",
@@ -82,6 +85,7 @@ __all__ = [
     "Successors",
     "ToolEnded",
     "ToolStarted",
+    "ToolsRequested",
     "UnsupportedError",
     "Workflow",
     "schema_text",

@@ -18,6 +18,9 @@ MAX_WORKFLOW_BYTES = 1024 * 1024
 MAX_EVENTS = 256
 """Most run events in one POST."""
 
+MAX_CONTENT = 4096
+"""Most characters of a tool's input or output in an event, where content is sent at all."""
+
 MAX_STAGES = 1000
 MAX_EDGES = 10_000
 

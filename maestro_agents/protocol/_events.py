@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from ._annotation import Slo, Successor
-from ._base import MAX_EVENTS, PROTOCOL_VERSION, Message, Name
+from ._base import MAX_CONTENT, MAX_EVENTS, PROTOCOL_VERSION, Message, Name
 
+Content = Annotated[str, StringConstraints(max_length=MAX_CONTENT)]
 Instance = Annotated[int, Field(ge=0, lt=10**9)]
 
 
@@ -28,12 +29,16 @@ class RunStarted(_Event):
 
 
 class StageStarted(_Event):
-    """An instance of a stage began; `step` is the superstep in bulk-synchronous frameworks."""
+    """An instance of a stage began; `step` is the superstep in bulk-synchronous frameworks.
+
+    `attempt` counts from 0 how often the framework has tried this task anew after an error.
+    """
 
     type: Literal["stage_started"] = "stage_started"
     stage: Name
     instance: Instance = 0
     step: Instance | None = None
+    attempt: Instance = 0
 
 
 class StageEnded(_Event):
@@ -46,21 +51,35 @@ class StageEnded(_Event):
     next: tuple[Successor, ...] | None = None
 
 
+class ToolsRequested(_Event):
+    """A completion of a stage asked for tools: its prompt comes back, longer, after they ran."""
+
+    type: Literal["tools_requested"] = "tools_requested"
+    stage: Name
+    instance: Instance = 0
+    tools: tuple[Name, ...] = Field(max_length=128)
+
+
 class ToolStarted(_Event):
-    """A tool began inside a stage: its next call comes when the tool is done."""
+    """A tool began inside a stage: its next call comes when the tool is done.
+
+    `input` is content: it is there only where the client has turned sending content on.
+    """
 
     type: Literal["tool_started"] = "tool_started"
     stage: Name
     tool: Name
+    input: Content | None = None
 
 
 class ToolEnded(_Event):
-    """A tool ended after `duration_s` seconds."""
+    """A tool ended after `duration_s` seconds. `output` is content, like a tool's `input`."""
 
     type: Literal["tool_ended"] = "tool_ended"
     stage: Name
     tool: Name
     duration_s: Annotated[float, Field(ge=0)] = 0.0
+    output: Content | None = None
 
 
 class RunPaused(_Event):
@@ -86,6 +105,7 @@ RunEvent = Annotated[
     RunStarted
     | StageStarted
     | StageEnded
+    | ToolsRequested
     | ToolStarted
     | ToolEnded
     | RunPaused

@@ -17,13 +17,15 @@ WorkflowName = Annotated[str, StringConstraints(min_length=1, max_length=128, pa
 class Stage(Message):
     """One node of a workflow, by its path (`a/b` is node `b` of subgraph `a`).
 
-    `calls` says whether the stage makes LLM calls: None when the adapter cannot know.
+    `calls` says whether the stage makes LLM calls: None when the adapter cannot know. A `deferred`
+    stage starts only when nothing else of its graph is left to run.
     """
 
     path: Name
     role: Name | None = None
     model: Name | None = None
     calls: bool | None = None
+    deferred: bool = False
 
 
 class Edge(Message):
@@ -80,6 +82,9 @@ class Workflow(Message):
     def content_hash(self) -> str:
         """First 12 hex digits of the canonical JSON's SHA-256; order is irrelevant."""
         content = self.model_dump(mode="json", exclude={"version", "name"})
+        for stage in content["stages"]:
+            if not stage["deferred"]:  # newer than the hash: an id must not change with us
+                del stage["deferred"]
         for join in content["joins"]:
             join["sources"] = sorted(join["sources"])
         for key in ("stages", "edges", "joins", "open_ended"):

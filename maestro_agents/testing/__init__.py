@@ -3,7 +3,14 @@
 from ._engine import RecordedRequest
 from ._faults import FaultKind
 from ._latency import Latency
-from ._reply import OutputTokens
+from ._reply import OutputTokens, ReasoningTokens
 from ._server import StubEngine
 
-__all__ = ["FaultKind", "Latency", "OutputTokens", "RecordedRequest", "StubEngine"]
+__all__ = [
+    "FaultKind",
+    "Latency",
+    "OutputTokens",
+    "ReasoningTokens",
+    "RecordedRequest",
+    "StubEngine",
+]

@@ -64,6 +64,7 @@ def _settings(options: argparse.Namespace) -> Settings:
             batch_slowdown=options.batch_slowdown,
         ),
         output_tokens=options.output_tokens,
+        reasoning_tokens=options.reasoning_tokens,
         max_num_seqs=options.max_num_seqs,
         max_model_len=options.max_model_len,
         kv_blocks=options.kv_blocks,
@@ -87,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--decode-tokens-s", type=float, default=inf)
     parser.add_argument("--batch-slowdown", type=float, default=0.0)
     parser.add_argument("--output-tokens", type=int, help="length of plain text")
+    parser.add_argument(
+        "--reasoning-tokens", type=int, help="length of the reasoning before each chat reply"
+    )
     parser.add_argument("--auto-tools", action="store_true", help="call offered tools unforced")
     parser.add_argument("--startup-delay-s", type=float, default=0.0)
     return parser

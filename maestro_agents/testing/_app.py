@@ -124,8 +124,9 @@ class _Answer:
         self._call = call
         self._fault = fault
         self._send = send
-        self._replies = compose(call, engine.settings.output_tokens)
-        self._wire = Wire(call, self._replies)
+        settings = engine.settings
+        self._replies = compose(call, settings.output_tokens, settings.reasoning_tokens)
+        self._wire = Wire(call, self._replies, reasons=settings.reasoning_tokens is not None)
         self.computed = False
 
     async def run(self) -> None:

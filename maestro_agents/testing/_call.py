@@ -26,6 +26,7 @@ class Call:
     stream: bool
     include_usage: bool
     priority: int
+    include_reasoning: bool = True
     tool: Body | None = None
     """The function to call, where one is forced."""
 
@@ -101,6 +102,7 @@ def _call(
         stream=bool(body.get("stream")),
         include_usage=bool(options.get("include_usage")),
         priority=_whole(body, "priority") or 0,
+        include_reasoning=body.get("include_reasoning") is not False,
         tool=tool,
     )
 

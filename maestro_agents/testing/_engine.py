@@ -12,7 +12,7 @@ from ._call import Body, Call
 from ._errors import ApiError
 from ._faults import Fault
 from ._latency import Latency
-from ._reply import OutputTokens, Reply
+from ._reply import OutputTokens, ReasoningTokens, Reply
 from ._slots import Slots
 
 _KEPT_REQUESTS = 10_000
@@ -27,6 +27,7 @@ class Settings:
     models: tuple[str, ...] = ("stub",)
     latency: Latency = field(default_factory=Latency)
     output_tokens: OutputTokens = None
+    reasoning_tokens: ReasoningTokens = None
     max_num_seqs: int = 256
     max_model_len: int = 32_768
     kv_blocks: int = 4096

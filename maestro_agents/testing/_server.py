@@ -17,7 +17,7 @@ from ._app import App
 from ._engine import Engine, RecordedRequest, Settings
 from ._faults import Fault, FaultKind
 from ._latency import Latency
-from ._reply import OutputTokens
+from ._reply import OutputTokens, ReasoningTokens
 
 if TYPE_CHECKING:
     import uvicorn
@@ -28,9 +28,12 @@ _LOOPBACK = "127.0.0.1"
 class StubEngine:
     """An OpenAI-compatible engine in a thread, for tests. Use it as a context manager.
 
-    `output_tokens` fixes the length of plain text, or computes it from the body. `port` 0 takes a
-    free one; with `uds` it listens on that Unix socket instead. `auto_tools` calls a tool whenever
-    some are offered and the user spoke last, as a model may with `tool_choice` "auto".
+    `output_tokens` fixes the length of plain text, or computes it from the body. `reasoning_tokens`
+    likewise makes a model with a reasoning parser, as vLLM serves it: every chat reply thinks that
+    long first, in the field `reasoning`, which counts towards `max_tokens` and the usage.
+    `auto_tools` calls a tool whenever some are offered and the user spoke last, as a model may with
+    `tool_choice` "auto". `port` 0 takes a free one; with `uds` it listens on that Unix socket
+    instead.
 
     Raises:
         ConfigError: uvicorn is not installed, or the address is taken.
@@ -42,6 +45,7 @@ class StubEngine:
         *,
         latency: Latency | None = None,
         output_tokens: OutputTokens = None,
+        reasoning_tokens: ReasoningTokens = None,
         max_num_seqs: int = 256,
         max_model_len: int = 32_768,
         auto_tools: bool = False,
@@ -53,6 +57,7 @@ class StubEngine:
             models=models,
             latency=latency or Latency(),
             output_tokens=output_tokens,
+            reasoning_tokens=reasoning_tokens,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             auto_tools=auto_tools,

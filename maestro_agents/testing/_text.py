@@ -44,6 +44,12 @@ class Material:
             self._numbers = [float(n) for n in _NUMBER.findall(self.user)]
         return self._numbers
 
+    def take_names(self) -> list[str]:
+        """The quoted passages that are names, as the keys of a JSON object are; takes them."""
+        names = [quote for quote in self.quoted() if quote.isidentifier()]
+        self._quoted = [quote for quote in self.quoted() if quote not in names]
+        return names
+
     def words(self, count: int) -> list[str]:
         return self._random.choices(_WORDS, k=count)
 

@@ -24,6 +24,7 @@ from maestro_agents.protocol import (
     StageStarted,
     Successor,
     ToolEnded,
+    ToolsRequested,
     ToolStarted,
     Workflow,
 )
@@ -83,6 +84,13 @@ events = st.one_of(
         instance=numbers,
         failed=st.booleans(),
         next=maybe(st.lists(successors, max_size=3).map(tuple)),
+    ),
+    st.builds(
+        ToolsRequested,
+        at=seconds,
+        stage=names,
+        instance=numbers,
+        tools=st.lists(names, max_size=4).map(tuple),
     ),
     st.builds(ToolStarted, at=seconds, stage=names, tool=names),
     st.builds(ToolEnded, at=seconds, stage=names, tool=names, duration_s=seconds),

@@ -31,6 +31,7 @@ from maestro_agents.protocol import (
     StageStarted,
     Successor,
     ToolEnded,
+    ToolsRequested,
     ToolStarted,
     Workflow,
     schema_text,
@@ -79,6 +80,7 @@ EVENTS = RunEvents(
     events=(
         RunStarted(at=1.5, workflow=RESEARCH.id, conversation="c1", slo=Slo(), tenant="team-a"),
         StageStarted(at=2, stage="plan", instance=0, step=1),
+        ToolsRequested(at=2.5, stage="plan", tools=("search",)),
         StageEnded(at=3, stage="plan", next=(Successor(stage="research/model", width=2),)),
         ToolStarted(at=4, stage="research/tools", tool="search"),
         ToolEnded(at=5, stage="research/tools", tool="search", duration_s=0.25),

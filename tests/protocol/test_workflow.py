@@ -52,6 +52,7 @@ def test_the_hash_ignores_the_name_but_the_id_does_not(given_one: Workflow) -> N
         {"stages": (Stage(path="a", role="planner"), Stage(path="b"))},
         {"stages": (Stage(path="a", model="large"), Stage(path="b"))},
         {"stages": (Stage(path="a", calls=True), Stage(path="b"))},
+        {"stages": (Stage(path="a", deferred=True), Stage(path="b"))},
     ],
 )
 def test_any_change_of_content_changes_the_hash(changed: dict[str, Any]) -> None:

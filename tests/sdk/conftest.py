@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,8 +9,9 @@ from maestro_agents import _log
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MAESTRO_BASE_URL", "MAESTRO_API_KEY", "MAESTRO_ENABLED"):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ:
+        if name.startswith(("MAESTRO_", "OPENAI_")) and name != "MAESTRO_TEST_SESSION":
+            monkeypatch.delenv(name)
     monkeypatch.setattr(_log, "_seen", set())
 
 

@@ -8,9 +8,17 @@ import textwrap
 import pytest
 from sdk.recording_backend import RecordingBackend
 
-from maestro_agents import _control
+from maestro_agents import _control, _link
 from maestro_agents._control import ControlClient
-from maestro_agents.protocol import MAX_EVENTS, RunEnded, RunStarted, Stage, StageStarted, Workflow
+from maestro_agents.protocol import (
+    MAX_EVENTS,
+    RunEnded,
+    RunStarted,
+    Stage,
+    StageEnded,
+    StageStarted,
+    Workflow,
+)
 
 WORKFLOW = Workflow(name="team", stages=(Stage(path="plan"),))
 
@@ -77,9 +85,8 @@ def test_a_dead_backend_is_logged_once_and_has_no_effect(
     with caplog.at_level(logging.WARNING, "maestro_agents"):
         for _ in range(3):
             client.post(WORKFLOW, "r", [RunStarted()])
-            assert client.flush(5)
+            assert not client.flush(5)
     assert len(caplog.records) == 1
-    assert client.dropped == 3
 
 
 def test_a_wrong_setting_is_logged_not_raised(
@@ -176,3 +183,154 @@ def test_a_forked_child_sends_its_own(backend: RecordingBackend) -> None:
     run_python(code, backend.base_url)
     assert backend.types("child") == ["run_ended"]
     assert backend.types("parent") == ["run_ended", "run_ended"]
+
+
+def test_exit_does_not_wait_for_a_backend_that_is_away() -> None:
+    code = f"""{PROGRAM}
+    import time
+    control.post(workflow, "r", [RunEnded()])
+    began = time.monotonic()
+    print(control.flush(60), time.monotonic() - began < 30)
+    """
+    assert run_python(code, "http://127.0.0.1:9/v1").split() == ["False", "True"]
+
+
+# -- a backend that is away for a while ----------------------------------------------------------
+
+
+def test_what_happens_in_an_outage_arrives_after_it_in_order(
+    backend: RecordingBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = ControlClient()
+    client.post(WORKFLOW, "r", [RunStarted()])
+    assert client.flush(5)
+    backend.__exit__()
+    client.post(WORKFLOW, "r", [StageStarted(stage="plan")])
+    client.post(WORKFLOW, "r", [StageEnded(stage="plan")])
+    assert not client.flush(5)
+    client.post(WORKFLOW, "r", [RunEnded()])
+    assert not client.flush(5)
+    with RecordingBackend(port=backend.port) as again:
+        assert client.flush(5)
+        assert [workflow for workflow, _ in again.workflows] == [WORKFLOW.id]
+        assert again.types("r") == ["stage_started", "stage_ended", "run_ended"]
+    assert client.dropped == 0
+    assert caplog.text.count("takes no events") == 1
+
+
+def test_it_is_tried_again_without_being_asked(backend: RecordingBackend) -> None:
+    backend.__exit__()
+    client = ControlClient()
+    client.post(WORKFLOW, "r", [RunStarted()])
+    assert not client.flush(5)
+    with RecordingBackend(port=backend.port) as again:
+        assert again.told.wait(30)
+        assert again.types("r") == ["run_started"]
+
+
+def test_each_outage_is_one_line(
+    backend: RecordingBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = ControlClient()
+    for outage in (1, 2):
+        backend.fault = "drop"
+        for _ in range(3):
+            client.post(WORKFLOW, "r", [RunStarted()])
+            assert not client.flush(5)
+        assert caplog.text.count("takes no events") == outage
+        backend.fault = None
+        assert client.flush(5)
+
+
+def test_an_outage_keeps_the_latest_events(
+    backend: RecordingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_control, "MAX_QUEUED", 2)
+    backend.fault = "drop"
+    client = ControlClient()
+    for n in range(5):
+        client.post(WORKFLOW, "r", [StageStarted(stage="plan", instance=n)])
+        assert not client.flush(5)
+    backend.fault = None
+    assert client.flush(5)
+    assert [e["instance"] for e in backend.events["r"]] == [3, 4]
+    assert client.dropped == 3
+
+
+def test_an_outage_ends_for_events_that_grew_old(
+    backend: RecordingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.fault = "drop"
+    client = ControlClient()
+    client.post(WORKFLOW, "r", [RunStarted()])
+    assert not client.flush(5)
+    monkeypatch.setattr(_control, "MAX_AGE_S", 0.0)
+    assert client.flush(5)
+    assert client.dropped == 1
+
+
+def test_a_reply_that_never_comes_is_not_waited_for_twice(
+    backend: RecordingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_link, "TIMEOUT_S", 0.1)
+    client = ControlClient()
+    client.register(WORKFLOW)
+    assert client.flush(5)
+    backend.fault = "hang"
+    client.post(WORKFLOW, "r", [RunStarted()])
+    assert client.flush(5), "it may have been taken: nothing is left to send"
+    assert client.dropped == 1
+    backend.fault = None
+    client.post(WORKFLOW, "r", [RunEnded()])
+    assert client.flush(5)
+    assert backend.types("r") == ["run_ended"]
+
+
+@pytest.mark.parametrize("status", [401, 404, 500])
+def test_a_backend_that_refuses_events_is_one_line(
+    backend: RecordingBackend, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    backend.status = status
+    client = ControlClient()
+    for _ in range(3):
+        client.post(WORKFLOW, "r", [RunStarted()])
+        assert client.flush(5)
+    assert [r.getMessage().split("(")[1] for r in caplog.records if r.levelname == "WARNING"] == [
+        f"HTTP {status}); calls go on"
+    ]
+    assert client.dropped == 3
+
+
+def test_a_backend_behind_a_proxy_may_be_away_too(backend: RecordingBackend) -> None:
+    backend.status = 503
+    client = ControlClient()
+    client.post(WORKFLOW, "r", [RunStarted()])
+    assert not client.flush(5)
+    backend.status = 200
+    assert client.flush(5)
+    assert backend.types("r") == ["run_started"]
+
+
+def test_an_idle_connection_that_was_closed_is_no_outage(
+    backend: RecordingBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = ControlClient()
+    client.post(WORKFLOW, "r", [RunStarted()])
+    assert client.flush(5)
+    backend.hang_up()
+    client.post(WORKFLOW, "r", [RunEnded()])
+    assert client.flush(5)
+    assert backend.types("r") == ["run_started", "run_ended"]
+    assert len(backend.workflows) == 2, "whoever answers now may be another one"
+    assert not caplog.records
+
+
+def test_the_events_of_a_short_run_go_in_one_post(
+    backend: RecordingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_control, "LINGER_S", 1.0)
+    client = ControlClient()
+    for event in (RunStarted(), StageStarted(stage="plan"), StageEnded(stage="plan"), RunEnded()):
+        client.post(WORKFLOW, "r", [event])
+    assert client.flush(10)
+    assert len(backend.posts) == 1 and len(backend.events["r"]) == 4

@@ -1,6 +1,9 @@
 """The hook on the installed `openai` package, against the stub engine."""
 
+import asyncio
+from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import openai
@@ -8,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from maestro_agents import _openai_hook
-from maestro_agents._context import CallContext, current_call
+from maestro_agents._context import CallContext, current_caller
 from maestro_agents.protocol import (
     BODY_KEY,
     MAX_ANNOTATION_BYTES,
@@ -45,9 +48,9 @@ def stub() -> Iterator[StubEngine]:
 def hooked(stub: StubEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("MAESTRO_BASE_URL", stub.base_url)
     _openai_hook.install()
-    token = current_call.set(CALL)
+    token = current_caller.set(lambda: CALL)
     yield
-    current_call.reset(token)
+    current_caller.reset(token)
     _openai_hook.uninstall()
 
 
@@ -113,13 +116,81 @@ def test_the_users_own_headers_and_body_stay(stub: StubEngine, client: openai.Op
     assert sent(stub)[0] == HEADERS
 
 
-def test_a_retry_repeats_the_identity(stub: StubEngine) -> None:
-    before = len(stub.requests)
+def counting() -> Any:
+    """A caller whose every call is another instance."""
+    numbers = count()
+
+    def begin() -> CallContext:
+        number = next(numbers)
+        return CallContext(CALL.identity.model_copy(update={"instance": number}), CALL.annotation)
+
+    return begin
+
+
+def instances(stub: StubEngine, since: int) -> list[str]:
+    return [r.headers["x-maestro-instance"] for r in list(stub.requests)[since:]]
+
+
+def test_a_retry_is_the_same_call_and_the_next_request_another(stub: StubEngine) -> None:
+    since = len(stub.requests)
+    current_caller.set(counting())
     stub.fail_next("error", status=500)
-    with openai.OpenAI(base_url=stub.base_url, api_key="x", max_retries=1) as client:
+    stub.fail_next("error", status=500)
+    with openai.OpenAI(base_url=stub.base_url, api_key="x", max_retries=2) as client:
         plain(client)
-    made = list(stub.requests)[before:]
-    assert [request.headers["x-maestro-instance"] for request in made] == ["2", "2"]
+        plain(client)
+    assert instances(stub, since) == ["0", "0", "0", "1"]
+
+
+async def test_side_by_side_each_request_has_its_own_identity(stub: StubEngine) -> None:
+    since = len(stub.requests)
+    current_caller.set(counting())
+    stub.fail_next("error", status=500)
+    async with openai.AsyncOpenAI(base_url=stub.base_url, api_key="x", max_retries=2) as client:
+        create = client.chat.completions.create
+        await asyncio.gather(*(create(model="stub", messages=MESSAGES) for _ in range(3)))
+    assert Counter(instances(stub, since)).total() == 4
+    assert set(instances(stub, since)) == {"0", "1", "2"}
+
+
+def test_only_a_chat_with_maestro_begins_a_call(
+    stub: StubEngine, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current_caller.set(counting())
+    client.completions.create(model="stub", prompt="hello")
+    client.models.list()
+    client.chat.completions.create(
+        model="stub", messages=MESSAGES, extra_body={"maestro": {"role": "mine"}}
+    )
+    with monkeypatch.context() as patch:
+        patch.setenv("MAESTRO_BASE_URL", "http://127.0.0.1:9/v1")
+        plain(client)
+    plain(client)
+    assert sent(stub)[0]["x-maestro-instance"] == "0"
+
+
+def test_an_absolute_url_elsewhere_is_elsewhere(
+    stub: StubEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAESTRO_BASE_URL", "http://127.0.0.1:9/v1")
+    with openai.OpenAI(base_url="http://127.0.0.1:9/v1", api_key="x") as client:
+        url = f"{stub.base_url}/chat/completions"
+        client.post(url, cast_to=object, body={"model": "stub", "messages": MESSAGES})
+    assert sent(stub) == ({}, None)
+
+
+def test_calls_that_go_elsewhere_are_hinted_at_once(
+    stub: StubEngine,
+    client: openai.OpenAI,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "maestro_agents")
+    monkeypatch.setenv("MAESTRO_BASE_URL", "http://127.0.0.1:9/v1")
+    plain(client)
+    plain(client)
+    assert caplog.text.count("not annotated") == 1
+    assert stub.base_url in caplog.text and "http://127.0.0.1:9/v1" in caplog.text
 
 
 def test_what_is_annotated_already_is_left_alone(stub: StubEngine, client: openai.OpenAI) -> None:
@@ -130,9 +201,9 @@ def test_what_is_annotated_already_is_left_alone(stub: StubEngine, client: opena
 
 
 def test_no_context_no_annotation(stub: StubEngine, client: openai.OpenAI) -> None:
-    token = current_call.set(None)
+    token = current_caller.set(None)
     plain(client)
-    current_call.reset(token)
+    current_caller.reset(token)
     assert sent(stub) == ({}, None)
 
 
@@ -162,16 +233,28 @@ def test_off_and_on_again(stub: StubEngine, client: openai.OpenAI) -> None:
     assert sent(stub)[0] == HEADERS
 
 
-def test_an_over_size_annotation_is_dropped_and_logged_once(
-    stub: StubEngine, client: openai.OpenAI, caplog: pytest.LogCaptureFixture
+MANY = tuple(Successor(stage=f"{n}" + "x" * 200) for n in range(MAX_ANNOTATION_BYTES // 200))
+
+
+@pytest.mark.parametrize(
+    ("annotation", "left"),
+    [
+        (Annotation(role="planner", tenant="t"), {"version": 1, "role": "planner", "tenant": "t"}),
+        (Annotation.model_construct(role="x" * MAX_ANNOTATION_BYTES), None),
+    ],
+)
+def test_over_the_size_limit_the_announcement_goes_first(
+    stub: StubEngine,
+    client: openai.OpenAI,
+    caplog: pytest.LogCaptureFixture,
+    annotation: Annotation,
+    left: Any,
 ) -> None:
-    many = tuple(Successor(stage=f"{n}" + "x" * 200) for n in range(MAX_ANNOTATION_BYTES // 200))
-    current_call.set(
-        CallContext(CALL.identity, Annotation(announcement=Announcement(successors=many)))
-    )
+    told = annotation.model_copy(update={"announcement": Announcement(successors=MANY)})
+    current_caller.set(lambda: CallContext(CALL.identity, told))
     plain(client)
     plain(client)
-    assert sent(stub) == (HEADERS, None)
+    assert sent(stub) == (HEADERS, left)
     assert caplog.text.count("dropped") == 1
 
 

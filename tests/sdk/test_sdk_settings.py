@@ -49,6 +49,8 @@ def test_origin_is_scheme_host_and_port(
         ("MAESTRO_BASE_URL", "http://127.0.0.1:8000", "http://HOST:PORT/v1"),
         ("MAESTRO_BASE_URL", "http://127.0.0.1:x/v1", "http://HOST:PORT/v1"),
         ("MAESTRO_ENABLED", "maybe", "true or false"),
+        ("MAESTRO_SEND_CONTENT", "some", "true or false"),
+        ("MAESTRO_FALLBACK_BASE_URL", "api.openai.com", "https://api.openai.com/v1"),
     ],
 )
 def test_bad_values_name_the_fix(
@@ -58,3 +60,30 @@ def test_bad_values_name_the_fix(
     with pytest.raises(ConfigError, match=name) as caught:
         settings()
     assert fix in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_the_names_of_the_loopback_host_are_one(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    for other in ("localhost", "127.0.0.1", "[::1]"):
+        monkeypatch.setenv("MAESTRO_BASE_URL", f"http://{other}:8000/v1")
+        assert is_maestro(f"http://{host}:8000/v1")
+        assert not is_maestro(f"http://{host}:8001/v1")
+        assert not is_maestro(f"https://{host}:8000/v1")
+
+
+def test_a_fallback_is_any_other_openai_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings().fallback_base_url is None
+    monkeypatch.setenv("MAESTRO_BASE_URL", "http://localhost:8000/v1")
+    monkeypatch.setenv("MAESTRO_FALLBACK_BASE_URL", "https://api.groq.com/openai/v1/")
+    monkeypatch.setenv("MAESTRO_FALLBACK_API_KEY", "secret")
+    assert settings().fallback_base_url == "https://api.groq.com/openai/v1"
+    assert settings().fallback_api_key == "secret"
+    monkeypatch.setenv("MAESTRO_FALLBACK_BASE_URL", "http://127.0.0.1:8000/v1")
+    with pytest.raises(ConfigError, match="name another one"):
+        settings()
+
+
+def test_content_is_sent_only_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not settings().send_content
+    monkeypatch.setenv("MAESTRO_SEND_CONTENT", "1")
+    assert settings().send_content

@@ -28,7 +28,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         if "langgraph" not in entry_points(group=_adapters.GROUP).names:
             patch.syspath_prepend(folder)
-        _adapters._adapters.cache_clear()
+        _adapters.adapters.cache_clear()
         yield folder
 
 

@@ -1,17 +1,30 @@
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any, TypedDict
 
 import pytest
+from anyio.from_thread import start_blocking_portal
+from gateway.gateways import gateway
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    HumanMessage,
+    ToolMessage,
+)
 from langchain_core.tools import tool
 from langgraph.graph import END, START, StateGraph
 from pydantic import BaseModel, SecretStr
 from sdk.recording_backend import RecordingBackend
 
 import maestro_langgraph
-from maestro_agents import ConfigError, workflow
+from maestro_agents import ConfigError, _openai_hook, workflow
 from maestro_agents.testing import StubEngine
 from maestro_langgraph import ChatMaestro
+
+# langchain-openai dumps the typed event that ends a structured stream.
+noisy_parse = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
 
 
 class Answer(BaseModel):
@@ -78,25 +91,23 @@ def test_structured_output(aimed: StubEngine, method: Any) -> None:
     assert isinstance(model.invoke("Say a word"), Answer)
 
 
-def test_its_calls_are_annotated_without_the_hook(
-    backend: RecordingBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from maestro_agents import _openai_hook
-
-    monkeypatch.setattr(_openai_hook, "install", lambda: None)
+def test_a_model_brings_the_hook_that_annotates_it(backend: RecordingBackend) -> None:
+    calls: list[Any] = []
+    graph = in_a_graph(lambda: [call() for call in calls])
+    _openai_hook.uninstall()
     model = ChatMaestro(model="stub")
-    kinds: list[Any] = [
+    calls += [
         lambda: model.invoke("hi", extra_headers={"x-mine": "1"}),
         lambda: model.with_structured_output(Answer, method="json_schema").invoke("hi"),
+        lambda: list(model.stream("hi")),
     ]
-    for call in kinds:
-        in_a_graph(call).invoke({"x": 0})
-    assert [head["x-maestro-stage"] for head, _ in backend.chats] == ["a", "a"]
-    assert [body["maestro"]["role"] for _, body in backend.chats] == ["a", "a"]
+    graph.invoke({"x": 0})
+    assert backend.stages() == [("a", "0"), ("a", "1"), ("a", "2")]
+    assert [body["maestro"]["role"] for _, body in backend.chats] == ["a", "a", "a"]
     assert backend.chats[0][0]["x-mine"] == "1"
 
 
-def test_with_the_hook_it_is_annotated_once(backend: RecordingBackend) -> None:
+def test_it_is_annotated_once(backend: RecordingBackend) -> None:
     model = ChatMaestro(model="stub")
     in_a_graph(lambda: model.invoke("hi")).invoke({"x": 0})
     ((head, body),) = backend.chats
@@ -110,6 +121,191 @@ def test_elsewhere_it_says_nothing(backend: RecordingBackend, stub: StubEngine) 
     request = stub.requests[-1]
     assert not [name for name in request.headers if name.startswith("x-maestro")]
     assert "maestro" not in request.body
+
+
+@pytest.fixture(scope="module")
+def thinker() -> Iterator[StubEngine]:
+    with StubEngine(output_tokens=4, reasoning_tokens=5, auto_tools=True) as stub:
+        yield stub
+
+
+@pytest.fixture
+def thinking(thinker: StubEngine, monkeypatch: pytest.MonkeyPatch) -> ChatMaestro:
+    monkeypatch.setenv("MAESTRO_BASE_URL", thinker.base_url)
+    return ChatMaestro(model="stub")
+
+
+def merged(chunks: Iterable[AIMessageChunk]) -> AIMessageChunk:
+    total, *others = chunks
+    for chunk in others:
+        total += chunk
+    return total
+
+
+def blocks(message: AIMessage) -> list[str]:
+    return [block["type"] for block in message.content_blocks]
+
+
+def thought(message: AIMessage) -> str:
+    """The reasoning, which must be there once, in five words."""
+    (found,) = [b["reasoning"] for b in message.content_blocks if b["type"] == "reasoning"]
+    assert len(found.split()) == 5
+    assert message.additional_kwargs["reasoning_content"] == found
+    assert found not in message.text
+    assert message.usage_metadata
+    assert message.usage_metadata["output_token_details"]["reasoning"] == 5
+    return found
+
+
+def test_reasoning_is_kept_plain_and_streamed(thinking: ChatMaestro) -> None:
+    whole = thinking.invoke("hi")
+    streamed = merged(thinking.stream("hi"))
+    assert blocks(whole) == blocks(streamed) == ["reasoning", "text"]
+    assert thought(whole) == thought(streamed)
+    assert whole.text == streamed.text and len(whole.text.split()) == 4
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_reasoning_is_kept_async(thinking: ChatMaestro) -> None:
+    whole = await thinking.ainvoke("hi")
+    streamed = merged([chunk async for chunk in thinking.astream("hi")])
+    assert blocks(whole) == blocks(streamed) == ["reasoning", "text"]
+    assert thought(whole) == thought(streamed)
+
+
+@pytest.mark.parametrize("version", [None, "v1"])
+def test_reasoning_beside_tool_calls(thinking: ChatMaestro, version: str | None) -> None:
+    thinking.output_version = version
+    model = thinking.bind_tools([calc])
+    for message in (model.invoke("hi"), merged(model.stream("hi"))):
+        assert blocks(message) == ["reasoning", "tool_call"]
+        assert thought(message)
+        (call,) = message.tool_calls
+        assert call["name"] == "calc" and isinstance(call["args"]["x"], int)
+
+
+@noisy_parse
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_reasoning_beside_structured_output(thinking: ChatMaestro, method: Any) -> None:
+    model = thinking.with_structured_output(Answer, method=method, include_raw=True)
+    whole: Any = model.invoke("hi")
+    assert isinstance(whole["parsed"], Answer)
+    pieces: list[Any] = list(model.stream("hi"))
+    raw = merged(piece["raw"] for piece in pieces if "raw" in piece)
+    assert thought(raw) == thought(whole["raw"])
+    assert [p["parsed"] for p in pieces if "parsed" in p][-1] == whole["parsed"]
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+def test_either_name_of_the_field_is_read_once(thinking: ChatMaestro, field: str) -> None:
+    said = {"role": "assistant", "content": "x", "reasoning": None, field: "because"}
+    if field == "reasoning":
+        said["reasoning_content"] = "because"  # as vLLM did for a while
+    choice = {"index": 0, "message": said, "finish_reason": "stop"}
+    result = thinking._create_chat_result({"model": "stub", "choices": [choice]})
+    (block, _) = result.generations[0].message.content_blocks
+    assert block["type"] == "reasoning" and block["reasoning"] == "because"
+
+
+def answered(model: ChatMaestro) -> list[BaseMessage]:
+    """A turn in which the model thinks, calls a tool and gets the answer."""
+    reply = model.bind_tools([calc]).invoke("hi")
+    return [HumanMessage("hi"), reply, ToolMessage("2", tool_call_id=reply.tool_calls[0]["id"])]
+
+
+@pytest.mark.parametrize("version", [None, "v1"])
+def test_reasoning_goes_back_to_maestro(
+    thinking: ChatMaestro, thinker: StubEngine, version: str | None
+) -> None:
+    thinking.output_version = version
+    turn = answered(thinking)
+    thinking.invoke(turn)
+    user, assistant, tool = thinker.requests[-1].body["messages"]
+    assert isinstance(turn[1], AIMessage)
+    assert assistant["reasoning"] == thought(turn[1])
+    assert assistant["tool_calls"] and not assistant["content"]
+    assert "reasoning" not in user and "reasoning" not in tool
+
+
+def test_reasoning_goes_nowhere_else(
+    thinking: ChatMaestro, thinker: StubEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = answered(thinking)
+    others = AIMessage("x", additional_kwargs={"reasoning_content": "not Maestro's"})
+    thinking.invoke([*turn, others])
+    assert "not Maestro's" not in str(thinker.requests[-1].body)
+    monkeypatch.setenv("MAESTRO_FALLBACK_BASE_URL", ELSEWHERE)
+    thinking.invoke(turn)
+    assert "reasoning" not in str(thinker.requests[-1].body)
+    monkeypatch.delenv("MAESTRO_FALLBACK_BASE_URL")
+    monkeypatch.setenv("MAESTRO_BASE_URL", ELSEWHERE)
+    thinking.invoke(turn)
+    assert "reasoning" not in str(thinker.requests[-1].body)
+
+
+@pytest.fixture(scope="module")
+def maestro(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The base URL of a gateway before stubs, in a thread of its own."""
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(gateway(tmp_path_factory.mktemp("gateway"))) as g,
+    ):
+        yield g.url
+
+
+@pytest.fixture
+def served(maestro: str, monkeypatch: pytest.MonkeyPatch) -> ChatMaestro:
+    monkeypatch.setenv("MAESTRO_BASE_URL", maestro)
+    return ChatMaestro(model="big")
+
+
+def assert_served(message: AIMessage) -> None:
+    found = message.response_metadata["maestro"]
+    assert found["worker"] == "n/big"
+    assert found["queue_ms"] >= 0
+    assert found["predicted_tokens"] > 0
+    assert "headers" not in message.response_metadata
+
+
+def test_how_a_reply_was_served(served: ChatMaestro) -> None:
+    assert_served(served.invoke("hi"))
+    assert_served(merged(served.stream("hi")))
+    assert_served(ChatMaestro(model="big", streaming=True).invoke("hi"))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_how_a_reply_was_served_async(served: ChatMaestro) -> None:
+    assert_served(await served.ainvoke("hi"))
+    assert_served(merged([chunk async for chunk in served.astream("hi")]))
+
+
+@noisy_parse
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_how_structured_output_was_served(served: ChatMaestro, method: Any) -> None:
+    model = served.with_structured_output(Answer, method=method, include_raw=True)
+    whole: Any = model.invoke("hi")
+    assert_served(whole["raw"])
+    pieces: list[Any] = list(model.stream("hi"))
+    assert_served(merged(piece["raw"] for piece in pieces if "raw" in piece))
+
+
+def test_each_reply_has_its_own_story(served: ChatMaestro) -> None:
+    replies = served.batch(["one", "two"], config={"max_concurrency": 2})
+    for reply in (*replies, served.invoke("hi", model="big")):
+        assert_served(reply)
+    assert served.invoke("hi", model="small").response_metadata["maestro"]["worker"] == "n/small"
+
+
+def test_another_server_tells_nothing(aimed: StubEngine) -> None:
+    for message in (m := ChatMaestro(model="stub")).invoke("hi"), merged(m.stream("hi")):
+        assert "maestro" not in message.response_metadata
+
+
+def test_headers_are_there_for_who_asks(served: ChatMaestro) -> None:
+    model = ChatMaestro(model="big", include_response_headers=True)
+    for message in (model.invoke("hi"), merged(model.stream("hi"))):
+        assert message.response_metadata["headers"]["x-maestro-worker"] == "n/big"
+        assert message.response_metadata["maestro"]["worker"] == "n/big"
 
 
 ELSEWHERE = "http://elsewhere/v1"

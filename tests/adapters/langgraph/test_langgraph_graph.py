@@ -1,47 +1,15 @@
 """What is read out of a graph, construct by construct."""
 
-import operator
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Any, Literal
 
 import pytest
-from langchain.agents import create_agent
-from langchain_core.language_models.fake_chat_models import FakeListChatModel
-from langchain_core.tools import tool
-from langgraph.func import entrypoint
-from langgraph.graph import END, START, StateGraph
+from langgraph.func import entrypoint, task
+from langgraph.graph import END, START
 from langgraph.types import Command, Send
+from sdk.read_graphs import State, edges, graph_of, joins, node, read
 
-from maestro_agents import ConfigError, UnsupportedError, agent
-from maestro_agents._adapters import Options
-from maestro_agents.protocol import MAX_STAGES, Workflow
-from maestro_langgraph._graph import read_graph
-
-
-class State(TypedDict, total=False):
-    xs: Annotated[list[str], operator.add]
-
-
-def node(state: State) -> State:
-    return {}
-
-
-def graph_of(*nodes: str) -> Any:
-    builder = StateGraph(State)
-    for name in nodes:
-        builder.add_node(name, node)
-    return builder
-
-
-def read(graph: Any, default_name: str | None = None, **options: Any) -> Workflow:
-    return read_graph(graph, Options(**options), default_name).workflow
-
-
-def edges(workflow: Workflow) -> set[str]:
-    return {f"{e.source} {'~>' if e.candidate else '->'} {e.target}" for e in workflow.edges}
-
-
-def joins(workflow: Workflow) -> set[str]:
-    return {f"{'+'.join(join.sources)} -> {join.target}" for join in workflow.joins}
+from maestro_agents import ConfigError, UnsupportedError
+from maestro_agents.protocol import MAX_STAGES
 
 
 def plain() -> Any:
@@ -96,6 +64,71 @@ def silent_end() -> Any:
     return graph_of("a").add_edge(START, "a")
 
 
+def undeclared_command() -> Any:
+    def jump(state: State) -> Any:
+        return Command(goto="b")
+
+    return graph_of("b").add_node("a", jump).add_edge(START, "a")
+
+
+def undeclared_command_elsewhere() -> Any:
+    def jump(state: State) -> Any:
+        return make_command()
+
+    return graph_of("b").add_node("a", jump).add_edge(START, "a")
+
+
+def make_command() -> Any:
+    return Command(goto="b")
+
+
+def list_of_literals() -> Any:
+    """LangGraph reads no targets from this annotation: any node may follow."""
+
+    def route(state: State) -> list[Literal["b"]]:
+        return ["b"]
+
+    builder = graph_of("a", "b").add_edge(START, "a").add_conditional_edges("a", route)
+    return builder.add_edge("b", END)
+
+
+def loop() -> Any:
+    builder = graph_of("a", "b").add_edge(START, "a").add_edge("a", "b")
+    return builder.add_conditional_edges("b", lambda s: "a", ["a", "b", END])
+
+
+INNER = graph_of("x", "y").add_edge(START, "x").add_edge("x", "y").add_edge("y", END)
+NAMED, UNNAMED = INNER.compile(name="inner"), INNER.compile()
+
+
+def called_in_a_function() -> Any:
+    def host(state: State) -> Any:
+        return run_inner(state)
+
+    builder = graph_of("a").add_node("host", host).add_edge(START, "host")
+    return builder.add_edge("host", "a").add_edge("a", END)
+
+
+def run_inner(state: State) -> Any:
+    return UNNAMED.invoke(state)
+
+
+def two_called_in_a_function() -> Any:
+    def host(state: State) -> Any:
+        return [graph.invoke(state) for graph in (NAMED, UNNAMED)]
+
+    return graph_of().add_node("host", host).add_edge(START, "host").add_edge("host", END)
+
+
+def calls_itself() -> Any:
+    def host(state: State) -> Any:
+        return compiled.invoke(state)
+
+    builder = graph_of().add_node("host", host).add_edge(START, "host").add_edge("host", END)
+    compiled = builder.compile()
+    return builder
+
+
 def subgraph() -> Any:
     inner = graph_of("x", "y").add_edge(START, "x").add_edge("x", "y").add_edge("y", END)
     builder = graph_of("a", "b").add_node("sub", inner.compile())
@@ -124,20 +157,6 @@ def join_over_subgraphs() -> Any:
     return builder.add_edge(["a", "one", "two"], "z").add_edge("z", END)
 
 
-@tool
-def calc(x: int) -> int:
-    """Add one."""
-    return x + 1
-
-
-class ToolModel(FakeListChatModel):
-    def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
-        return self
-
-
-MODEL = ToolModel(responses=["hi"])
-
-
 CONSTRUCTS = [
     (plain, {"__start__ -> a", "a -> b", "b -> __end__"}, set(), ()),
     (join, {"__start__ -> a", "__start__ -> b", "c -> __end__"}, {"a+b -> c"}, ()),
@@ -162,7 +181,60 @@ CONSTRUCTS = [
     ),
     (send, {"__start__ -> a", "a ~> b", "b -> c", "c -> __end__"}, set(), ()),
     (command, {"__start__ -> a", "a ~> b", "a ~> __end__", "b -> __end__"}, set(), ()),
-    (silent_end, {"__start__ -> a", "a ~> __end__"}, set(), ("a",)),
+    (silent_end, {"__start__ -> a", "a -> __end__"}, set(), ()),
+    (
+        undeclared_command,
+        {"__start__ -> a", "a ~> __end__", "b -> __end__"},
+        set(),
+        ("a",),
+    ),
+    (
+        undeclared_command_elsewhere,
+        {"__start__ -> a", "a ~> __end__", "b -> __end__"},
+        set(),
+        ("a",),
+    ),
+    (
+        list_of_literals,
+        {"__start__ -> a", "a ~> b", "a ~> __end__", "b -> __end__"},
+        set(),
+        ("a",),
+    ),
+    (loop, {"__start__ -> a", "a -> b", "b ~> a", "b ~> b", "b ~> __end__"}, set(), ()),
+    (
+        called_in_a_function,
+        {
+            "__start__ -> host",
+            "host ~> host/x",
+            "host -> a",
+            "host/x -> host/y",
+            "host/y ~> host/x",
+            "host/y -> a",
+            "a -> __end__",
+        },
+        set(),
+        (),
+    ),
+    (
+        two_called_in_a_function,
+        {
+            "__start__ -> host",
+            "host ~> host/inner/x",
+            "host ~> host/x",
+            "host -> __end__",
+            "host/inner/x -> host/inner/y",
+            "host/inner/y ~> host/inner/x",
+            "host/inner/y ~> host/x",
+            "host/inner/y -> __end__",
+            "host/x -> host/y",
+            "host/y ~> host/inner/x",
+            "host/y ~> host/x",
+            "host/y -> __end__",
+        },
+        set(),
+        (),
+    ),
+    (calls_itself, {"__start__ -> host", "host -> __end__"}, set(), ()),
     (
         subgraph,
         {"__start__ -> a", "a -> sub/x", "sub/x -> sub/y", "sub/y -> b", "b -> __end__"},
@@ -215,18 +287,6 @@ def test_construct(build: Any, expected: set[str], waits: set[str], open_ended: 
     assert workflow.supersteps
 
 
-def test_an_agent_with_tools() -> None:
-    workflow = read(create_agent(MODEL, [calc], name="calculator"))
-    assert edges(workflow) == {
-        "__start__ -> model",
-        "model ~> tools",
-        "model ~> __end__",
-        "tools ~> model",
-    }
-    assert workflow.name == "calculator"
-    assert [stage.role for stage in workflow.stages] == ["calculator", "calculator"]
-
-
 def test_an_entrypoint_is_one_stage() -> None:
     @entrypoint()
     def job(x: int) -> int:
@@ -234,7 +294,39 @@ def test_an_entrypoint_is_one_stage() -> None:
 
     workflow = read(job)
     assert [stage.path for stage in workflow.stages] == ["job"]
-    assert workflow.open_ended == ("job",)
+    assert edges(workflow) == {"__start__ -> job", "job -> __end__"}
+
+
+def test_the_tasks_of_an_entrypoint_may_come_in_any_order() -> None:
+    @task
+    def draft(x: int) -> int:
+        return x
+
+    @task
+    def check(x: int) -> int:
+        return x
+
+    @entrypoint()
+    def job(x: int) -> int:
+        return check(sum(draft(n).result() for n in range(x))).result()
+
+    anywhere = {"job/draft", "job/check", "__end__"}
+    expected = {f"{a} ~> {b}" for a in ("job/draft", "job/check") for b in anywhere}
+    assert edges(read(job)) == expected | {
+        "__start__ -> job",
+        "job -> __end__",
+        "job ~> job/draft",
+        "job ~> job/check",
+    }
+
+
+def test_a_deferred_node_says_so() -> None:
+    builder = graph_of("a").add_node("late", node, defer=True)
+    builder.add_edge(START, "a").add_edge("a", "late")
+    assert [(s.path, s.deferred) for s in read(builder.compile()).stages] == [
+        ("a", False),
+        ("late", True),
+    ]
 
 
 def test_it_reads_the_same_graph_the_same_way() -> None:
@@ -260,64 +352,6 @@ def test_name(graph_name: Any, option: Any, default: Any, expected: str) -> None
 def test_a_name_that_cannot_be_used_is_loud() -> None:
     with pytest.raises(ConfigError, match="no spaces"):
         read(plain().compile(), name="my team")
-
-
-def team_with_roles() -> Any:
-    @agent(role="marked", model="big")
-    def marked(state: State) -> State:
-        return {}
-
-    async def async_marked(state: State) -> State:
-        return {}
-
-    inner = graph_of("agent", "step").add_edge(START, "agent").add_edge("agent", "step")
-    expert = create_agent(MODEL, [calc], name="expert")
-    builder = graph_of("plan").add_node("marked", marked)
-    builder.add_node("async_marked", agent(role="async")(async_marked))
-    builder.add_node("tagged", node, metadata={"role": "tagged-role"})
-    builder.add_node("sub", inner.compile()).add_node("hired", expert)
-    return builder.add_edge(START, "plan").compile()
-
-
-def roles(**options: Any) -> dict[str, str | None]:
-    return {stage.path: stage.role for stage in read(team_with_roles(), **options).stages}
-
-
-def test_roles_by_default() -> None:
-    assert roles() == {
-        "plan": "plan",
-        "marked": "marked",
-        "async_marked": "async",
-        "tagged": "tagged-role",
-        "sub/agent": "sub",
-        "sub/step": "step",
-        "hired/model": "expert",
-        "hired/tools": "expert",
-    }
-
-
-def test_roles_given_win_by_path_then_by_parent_then_by_name() -> None:
-    given = {"marked": "m", "sub": "s", "sub/step": "exact", "tools": "t", "tagged": "x"}
-    assert roles(roles=given) == {
-        "plan": "plan",
-        "marked": "m",
-        "async_marked": "async",
-        "tagged": "x",
-        "sub/agent": "s",
-        "sub/step": "exact",
-        "hired/model": "expert",
-        "hired/tools": "t",
-    }
-
-
-def test_roles_for_what_is_not_there_are_loud() -> None:
-    with pytest.raises(ConfigError, match=r"\['plam'\].*'plan'"):
-        roles(roles={"plam": "planner"})
-
-
-def test_agent_says_the_model() -> None:
-    stages = read(team_with_roles()).stage_by_path
-    assert (stages["marked"].model, stages["plan"].model) == ("big", None)
 
 
 def test_a_graph_beyond_the_protocol_is_told_so() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import openai
@@ -28,7 +29,7 @@ from sdk.small_graphs import (
 )
 
 from maestro_agents import agent, workflow
-from maestro_agents._context import current_call
+from maestro_agents._context import current_caller
 
 # -- identity ------------------------------------------------------------------------------------
 
@@ -127,27 +128,60 @@ def test_no_call_outside_a_node_is_annotated(backend: RecordingBackend) -> None:
     graph.invoke({"n": 0})
     llm.invoke("hi")
     assert backend.identities()[-1] == {}
-    assert current_call.get() is None
+    assert current_caller.get() is None
 
 
-def test_a_call_that_we_do_not_see_has_nobody_elses_identity(backend: RecordingBackend) -> None:
+def raw_call(base_url: str) -> None:
+    with openai.OpenAI(base_url=base_url, api_key="x") as client:
+        client.chat.completions.create(model="stub", messages=[{"role": "user", "content": "hi"}])
+
+
+async def araw_call(base_url: str) -> None:
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="x") as client:
+        await client.chat.completions.create(
+            model="stub", messages=[{"role": "user", "content": "hi"}]
+        )
+
+
+def test_the_openai_sdk_called_by_hand_in_a_node_is_a_call_of_that_node(
+    backend: RecordingBackend,
+) -> None:
     llm = model(backend.base_url)
 
     def node(state: State) -> State:
         llm.invoke("hi")
-        with openai.OpenAI(base_url=backend.base_url, api_key="x") as client:
-            client.chat.completions.create(
-                model="stub", messages=[{"role": "user", "content": "hi"}]
-            )
+        raw_call(backend.base_url)
+        return {}
+
+    async def anode(state: State) -> State:
+        await asyncio.gather(araw_call(backend.base_url), llm.ainvoke("hi"))
+        return {}
+
+    builder = StateGraph(State).add_node("a", node).add_node("b", anode)
+    builder.add_edge(START, "a").add_edge("a", "b").add_edge("b", END)
+    asyncio.run(workflow(builder.compile()).ainvoke({"n": 0}))
+    assert backend.stages()[:2] == [("a", "0"), ("a", "1")]
+    assert sorted(backend.stages()[2:]) == [("b", "0"), ("b", "1")]
+
+
+def test_a_thread_started_by_hand_is_seen_when_it_is_given_the_config(
+    backend: RecordingBackend,
+) -> None:
+    llm = model(backend.base_url)
+
+    def node(state: State, config: RunnableConfig) -> State:
+        with ThreadPoolExecutor() as pool:
+            pool.submit(llm.invoke, "hi").result()
+            pool.submit(llm.invoke, "hi", config).result()
         return {}
 
     builder = StateGraph(State).add_node("a", node).add_edge(START, "a").add_edge("a", END)
     workflow(builder.compile()).invoke({"n": 0})
-    assert [head.get("stage") for head in backend.identities()] == ["a", None]
+    assert [head.get("stage") for head in backend.identities()] == [None, "a"]
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected type for token usage")  # langchain-openai's
-def test_two_prompts_in_one_generate_are_not_told_apart(backend: RecordingBackend) -> None:
+def test_two_prompts_in_one_generate_are_two_calls_of_the_node(backend: RecordingBackend) -> None:
     llm = model(backend.base_url)
 
     def node(state: State, config: RunnableConfig) -> State:
@@ -157,10 +191,7 @@ def test_two_prompts_in_one_generate_are_not_told_apart(backend: RecordingBacken
 
     builder = StateGraph(State).add_node("a", node).add_edge(START, "a").add_edge("a", END)
     workflow(builder.compile()).invoke({"n": 0})
-    assert [set(head) for head in backend.identities()] == [{"run", "workflow"}] * 2
-
-
-# -- structure -----------------------------------------------------------------------------------
+    assert backend.stages() == [("a", "0"), ("a", "1")]
 
 
 def test_announcements_follow_the_graph(backend: RecordingBackend) -> None:
@@ -294,6 +325,7 @@ def test_tools_of_an_agent(backend: RecordingBackend) -> None:
     assert shape(events) == [
         "run_started",
         "stage_started ask",
+        "tools_requested ask",
         "stage_ended ask",
         "stage_started use",
         "tool_started use",
@@ -301,8 +333,8 @@ def test_tools_of_an_agent(backend: RecordingBackend) -> None:
         "stage_ended use",
         "run_ended",
     ]
-    assert (events[4]["tool"], events[5]["tool"]) == ("calc", "calc")
-    assert events[5]["duration_s"] >= 0
+    assert (events[5]["tool"], events[6]["tool"]) == ("calc", "calc")
+    assert events[6]["duration_s"] >= 0
     assert all(event["at"] > 1e9 for event in events)
 
 

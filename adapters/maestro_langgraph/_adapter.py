@@ -6,7 +6,7 @@ import sys
 from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
-from maestro_agents._adapters import Options
+from maestro_agents.adapter import Options
 from maestro_agents.protocol import UnsupportedError
 
 T = TypeVar("T")

@@ -12,9 +12,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import Field, model_validator
 
-from maestro_agents import _openai_hook
-from maestro_agents._log import fail_open
-from maestro_agents._settings import is_maestro, settings
+from maestro_agents.adapter import annotate_openai, fail_open, is_maestro, settings
 
 from . import _replies
 
@@ -58,7 +56,7 @@ class ChatMaestro(BaseChatOpenAI):
 
     @model_validator(mode="after")
     def _listen(self) -> Self:
-        _openai_hook.install()
+        annotate_openai()
         for client in (self.root_client, self.root_async_client):
             if client is not None:
                 _replies.listen(client)

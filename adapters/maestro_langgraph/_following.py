@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from maestro_agents._adapters import Options
-from maestro_agents._control import control
+from maestro_agents.adapter import Options, control
 
 from ._graph import read_graph
 from ._handler import MaestroHandler

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from maestro_agents._adapters import Options
+from maestro_agents.adapter import Options
 from maestro_agents.protocol import (
     END,
     MAX_EDGES,

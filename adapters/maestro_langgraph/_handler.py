@@ -16,13 +16,20 @@ from langgraph.callbacks import GraphCallbackHandler, GraphInterruptEvent
 from langgraph.errors import GraphBubbleUp, ParentCommand
 from langgraph.types import Command
 
-from maestro_agents import _openai_hook
-from maestro_agents._adapters import Options
-from maestro_agents._context import CallContext, Caller, add_finder, current_caller
-from maestro_agents._control import control
-from maestro_agents._log import fail_open
-from maestro_agents._settings import settings
-from maestro_agents._tracker import Events, Tracker
+from maestro_agents.adapter import (
+    CallContext,
+    Caller,
+    Events,
+    Options,
+    Settings,
+    Tracker,
+    add_finder,
+    annotate_openai,
+    control,
+    current_caller,
+    fail_open,
+    settings,
+)
 from maestro_agents.protocol import START
 
 from ._graph import GraphMap
@@ -74,8 +81,8 @@ class MaestroHandler(GraphCallbackHandler):
         step = superstep_of(tags)
         above = _frames.get(parent_run_id) if parent_run_id else None
         if above is None:
-            if step is None and settings().active:
-                self._begin_run(run_id, inputs, metadata or {})
+            if step is None and (backend := settings()).active:
+                self._begin_run(run_id, inputs, metadata or {}, backend)
         elif above.owner is self:
             if step is not None:
                 self._begin_task(run_id, above, step, metadata or {})
@@ -105,7 +112,7 @@ class MaestroHandler(GraphCallbackHandler):
         frame = self._frame(parent_run_id)
         if frame is None or frame.task is None:
             return
-        _openai_hook.install()  # now it is imported for sure
+        annotate_openai()  # now it is imported for sure
         mine = self._enter(run_id, frame.run, frame.task)
         current_caller.set(partial(self.begin_call, mine))
 
@@ -142,7 +149,7 @@ class MaestroHandler(GraphCallbackHandler):
             return
         self._enter(run_id, frame.run, frame.task)
         tool = (serialized or {}).get("name") or kwargs.get("name") or "tool"
-        given = input_str if settings().send_content else None
+        given = input_str if frame.run.backend.send_content else None
         key = str(run_id)
         self._post(
             frame.run,
@@ -151,8 +158,7 @@ class MaestroHandler(GraphCallbackHandler):
 
     @fail_open
     def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
-        content = getattr(output, "content", output)
-        self._end_tool(run_id, str(content) if settings().send_content else None)
+        self._end_tool(run_id, output)
 
     @fail_open
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
@@ -165,18 +171,20 @@ class MaestroHandler(GraphCallbackHandler):
             frame.run.paused = True
             self._post(frame.run, self._tracker.run_paused(frame.run.id))
 
-    def _begin_run(self, run_id: UUID, inputs: Any, metadata: Mapping[str, Any]) -> None:
-        _openai_hook.install()  # again: openai may have been imported since the graph was wrapped
+    def _begin_run(
+        self, run_id: UUID, inputs: Any, metadata: Mapping[str, Any], backend: Settings
+    ) -> None:
+        annotate_openai()  # again: openai may have been imported since the graph was wrapped
         conversation = str(metadata[THREAD]) if metadata.get(THREAD) else None
         resumes = inputs is None or isinstance(inputs, Command)
         run = self._paused.pop(conversation, None) if conversation else None
         if run and not resumes:
             self._post(run, self._tracker.run_ended(run.id))
         if run and resumes and (events := self._tracker.run_resumed(run.id)):
-            run.paused = False
+            run.paused, run.backend = False, backend
             self._post(run, events)
         else:
-            run = Run(str(run_id), conversation)
+            run = Run(str(run_id), conversation, backend)
             self._post(run, self._tracker.run_started(run.id, conversation))
         self._enter(run_id, run, None).opened = run
 
@@ -274,9 +282,11 @@ class MaestroHandler(GraphCallbackHandler):
             current_caller.set(None)
         return frame
 
-    def _end_tool(self, run_id: UUID, output: str | None = None) -> None:
+    def _end_tool(self, run_id: UUID, output: Any = None) -> None:
         if frame := self._leave(run_id):
-            self._post(frame.run, self._tracker.tool_ended(frame.run.id, str(run_id), output))
+            sent = frame.run.backend.send_content and output is not None
+            content = str(getattr(output, "content", output)) if sent else None
+            self._post(frame.run, self._tracker.tool_ended(frame.run.id, str(run_id), content))
 
     def _frame(self, run_id: UUID | None) -> Frame | None:
         """The frame of a callback run that this handler follows."""
@@ -296,7 +306,7 @@ class MaestroHandler(GraphCallbackHandler):
 
     def _post(self, run: Run, events: Events) -> None:
         if events:
-            control.post(self.graph.workflow, run.id, events)
+            control.post(self.graph.workflow, run.id, events, run.backend)
 
 
 def _failed(error: BaseException | None) -> bool:

@@ -14,9 +14,7 @@ from weakref import WeakKeyDictionary
 
 from langgraph.pregel import Pregel
 
-from maestro_agents._adapters import Options
-from maestro_agents._log import fail_open
-from maestro_agents._settings import settings
+from maestro_agents.adapter import Options, fail_open, settings
 
 from ._following import follow, handler_for, is_followed
 from ._handler import MaestroHandler

@@ -8,7 +8,7 @@ from typing import Any
 
 from langgraph.pregel import Pregel
 
-from maestro_agents._decorators import Agent
+from maestro_agents.adapter import Agent
 from maestro_agents.protocol import END
 
 AnyPregel = Pregel[Any, Any, Any, Any]

@@ -10,7 +10,7 @@ from langgraph.graph.state import StateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.pregel import Pregel
 
-from maestro_agents._decorators import Agent, agent_of
+from maestro_agents.adapter import Agent, agent_of
 from maestro_agents.protocol import END, START
 
 from ._called import called_by

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final
 
-from maestro_agents._log import fail_open
+from maestro_agents.adapter import fail_open
 from maestro_agents.protocol import HEADER_PREDICTED_TOKENS, HEADER_QUEUE_MS, HEADER_WORKER
 
 REASONING: Final = "reasoning_content"

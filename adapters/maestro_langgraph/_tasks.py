@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from maestro_agents._context import CallContext
+from maestro_agents.adapter import CallContext, Settings
 from maestro_agents.protocol import Barrier
 
 from ._supersteps import Supersteps
@@ -15,10 +15,12 @@ from ._supersteps import Supersteps
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One execution of a followed graph. `frames` are the callback runs to forget when it ends."""
+    """One execution of a followed graph. `backend` is who is told of it; `frames` are the callback
+    runs to forget when it ends."""
 
     id: str
     conversation: str | None
+    backend: Settings
     frames: set[UUID] = field(default_factory=set)
     paused: bool = False
 

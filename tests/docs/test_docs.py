@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/**/*.md", "adapters/*/README.md", "examples/*/README.md")
+    for pattern in ("*.md", "docs/**/*.md", "adapters/**/README.md", "examples/*/README.md")
     for page in ROOT.glob(pattern)
 )
 
@@ -50,6 +50,53 @@ def test_python_in_the_readme_runs_annotated(code: str) -> None:
         [request] = stub.requests
     assert request.headers["x-maestro-stage"] == "plan"
     assert request.body["maestro"]["role"] == "planner"
+
+
+def test_the_adapter_that_the_page_writes_works() -> None:
+    page = (ROOT / "adapters" / "README.md").read_text(encoding="utf-8")
+    [code] = blocks("python", page)
+    with StubEngine(("m",)) as stub:
+        done = subprocess.run(
+            (sys.executable, "-W", "error", "-c", code + USE_THE_ADAPTER),
+            env={**os.environ, "MAESTRO_BASE_URL": stub.base_url},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        first, second = stub.requests
+    assert [r.headers["x-maestro-stage"] for r in (first, second)] == ["plan", "write"]
+    assert first.headers["x-maestro-workflow"].startswith("essay@")
+    assert first.body["maestro"]["role"] == "planner"
+    [following] = first.body["maestro"]["announcement"]["successors"]
+    assert following == {"stage": "write", "certain": True}
+
+
+USE_THE_ADAPTER = """
+import os
+from openai import OpenAI
+from maestro_agents import _adapters
+
+_adapters.adapters = lambda: (adapter,)
+
+def ask(text):
+    with OpenAI(base_url=os.environ["MAESTRO_BASE_URL"], api_key="x") as client:
+        messages = [{"role": "user", "content": text}]
+        reply = client.chat.completions.create(model="m", messages=messages)
+    return reply.choices[0].message.content
+
+@agent(role="planner")
+def plan(text):
+    return ask(text)
+
+def write(text):
+    return ask(text)
+
+line = Line(plan, write)
+assert type(workflow(line, name="essay")) is Line and line.watcher is None
+assert workflow(line, name="essay").run("hi")
+"""
 
 
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")

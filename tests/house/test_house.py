@@ -49,8 +49,10 @@ def test_a_packages_public_names_are_sorted_and_complete(init: Path) -> None:
     defined: set[str] = set()
     listed: list[str] = []
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.level:
-            imported |= {alias.asname or alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.asname or alias.name for alias in node.names}
+            imported |= names if node.level else set()
+            defined |= names
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             defined.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):

@@ -130,6 +130,17 @@ def test_a_package_imports_only_what_is_below_it(package: str, allowed: tuple[st
     assert wrong == []
 
 
+def test_an_adapter_imports_nothing_private_of_the_sdk() -> None:
+    wrong = [
+        str(found)
+        for module, _ in module_files("maestro_langgraph")
+        for found in imports_of(module)
+        if is_in(found.target, "maestro_agents")
+        and any(part.startswith("_") for part in found.target.split("."))
+    ]
+    assert wrong == []
+
+
 def reached(module: str, via: tuple[str, ...] = ()) -> Iterator[tuple[Import, tuple[str, ...]]]:
     """Every import of a module and of the modules of ours that it imports, with the way there."""
     seen: set[str] = set()

@@ -211,6 +211,98 @@ def test_json_object_is_an_object(client: openai.OpenAI) -> None:
     assert isinstance(json.loads(reply.choices[0].message.content or ""), dict)
 
 
+def test_json_object_has_the_keys_that_the_user_quotes(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model="stub",
+        messages=ask("A joke as JSON with 'setup' and 'punchline' keys, in \"plain words\"."),
+        response_format={"type": "json_object"},
+    )
+    answer = json.loads(reply.choices[0].message.content or "")
+    assert set(answer) == {"setup", "punchline"}
+    assert answer["setup"] == "plain words"
+
+
+@pytest.fixture(scope="module")
+def thinker() -> Iterator[openai.OpenAI]:
+    with (
+        StubEngine(output_tokens=4, reasoning_tokens=6) as stub,
+        openai.OpenAI(base_url=stub.base_url, api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+def streamed(client: openai.OpenAI, **options: Any) -> list[dict[str, Any]]:
+    stream = client.chat.completions.create(
+        model="stub", messages=ask("go"), stream=True, **options
+    )
+    return [chunk.choices[0].delta.to_dict() for chunk in stream if chunk.choices]
+
+
+def test_a_model_that_reasons_does_so_first_and_counts_it(thinker: openai.OpenAI) -> None:
+    whole = thinker.chat.completions.create(model="stub", messages=ask("go"))
+    said: Any = whole.choices[0].message
+    assert (len(said.reasoning.split()), len(said.content.split())) == (6, 4)
+    assert whole.usage and whole.usage.completion_tokens_details
+    assert whole.usage.completion_tokens == 10
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 6
+    first, *deltas = streamed(thinker)
+    assert first == {"role": "assistant", "content": ""}
+    assert [set(delta) for delta in deltas] == 6 * [{"reasoning"}] + 4 * [{"content"}] + [set()]
+    assert "".join(delta.get("reasoning", "") for delta in deltas) == said.reasoning
+    assert "".join(delta.get("content", "") for delta in deltas) == said.content
+
+
+def test_the_limit_holds_for_reasoning_too(thinker: openai.OpenAI) -> None:
+    reply = thinker.chat.completions.create(model="stub", messages=ask("go"), max_tokens=3)
+    said: Any = reply.choices[0].message
+    assert (len(said.reasoning.split()), said.content) == (3, None)
+    assert reply.choices[0].finish_reason == "length"
+
+
+def test_reasoning_that_is_not_wanted_is_counted_but_not_sent(thinker: openai.OpenAI) -> None:
+    hidden = {"extra_body": {"include_reasoning": False}}
+    reply = thinker.chat.completions.create(model="stub", messages=ask("go"), **hidden)
+    said: Any = reply.choices[0].message
+    assert said.reasoning is None and len(said.content.split()) == 4
+    assert reply.usage and reply.usage.completion_tokens == 10
+    assert not any("reasoning" in delta for delta in streamed(thinker, **hidden))
+
+
+def test_a_tool_is_called_after_the_reasoning(thinker: openai.OpenAI) -> None:
+    options: Any = {"tools": TOOLS, "tool_choice": "required"}
+    whole = thinker.chat.completions.create(model="stub", messages=ask("3 and 14"), **options)
+    said: Any = whole.choices[0].message
+    assert said.reasoning and said.tool_calls[0].function.name == "add"
+    deltas = [delta for delta in streamed(thinker, **options) if delta]
+    kinds = [next(iter(delta.keys() - {"role"})) for delta in deltas]
+    assert kinds[:8] == ["content", *6 * ["reasoning"], "tool_calls"]
+    (head,), *tails = [delta["tool_calls"] for delta in deltas[7:]]
+    assert head["id"] and head["function"] == {"name": "add", "arguments": ""}
+    spelled = "".join(tail[0]["function"]["arguments"] for tail in tails)
+    assert set(json.loads(spelled)) == {"a", "b"}
+
+
+def test_a_tool_is_not_called_when_reasoning_used_up_the_limit(thinker: openai.OpenAI) -> None:
+    options: Any = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 6}
+    reply = thinker.chat.completions.create(model="stub", messages=ask("3 and 14"), **options)
+    assert reply.choices[0].message.tool_calls is None
+    assert reply.choices[0].finish_reason == "length"
+    assert not any("tool_calls" in delta for delta in streamed(thinker, **options))
+
+
+def test_how_long_it_reasons_may_depend_on_the_body() -> None:
+    with (
+        StubEngine(reasoning_tokens=lambda body: body.get("seed", 0)) as stub,
+        openai.OpenAI(base_url=stub.base_url, api_key="none") as client,
+    ):
+        usages = [
+            client.chat.completions.create(model="stub", messages=ask("x"), seed=seed).usage
+            for seed in (0, 7)
+        ]
+    details = [usage.completion_tokens_details for usage in usages if usage]
+    assert [detail.reasoning_tokens for detail in details if detail] == [0, 7]
+
+
 def test_a_schema_that_cannot_be_filled_is_a_clear_400(client: openai.OpenAI) -> None:
     schema = {"name": "s", "schema": {"type": "string", "pattern": "^never{99}$"}}
     with pytest.raises(openai.BadRequestError, match="cannot match") as caught:

@@ -75,6 +75,13 @@ def test_a_planned_death_comes_after_the_planned_tokens() -> None:
         assert process.wait(10) == 1
 
 
+def test_its_options_reach_the_engine() -> None:
+    with started("--port", "0", "--output-tokens", "9", "--reasoning-tokens", "5") as (_, line):
+        usage = httpx.post(f"{origin(line)}/v1/chat/completions", json=BODY).json()["usage"]
+    assert usage["completion_tokens"] == 14
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 5}
+
+
 def test_a_taken_port_is_one_clear_line() -> None:
     with started("--port", "0") as (_, line):
         port = origin(line).rsplit(":", 1)[1]

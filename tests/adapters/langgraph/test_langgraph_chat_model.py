@@ -20,6 +20,8 @@ from sdk.recording_backend import RecordingBackend
 
 import maestro_langgraph
 from maestro_agents import ConfigError, _openai_hook, workflow
+from maestro_agents.adapter import CallContext, current_caller
+from maestro_agents.protocol import Annotation, CallIdentity
 from maestro_agents.testing import StubEngine
 from maestro_langgraph import ChatMaestro
 
@@ -92,17 +94,17 @@ def test_structured_output(aimed: StubEngine, method: Any) -> None:
 
 
 def test_a_model_brings_the_hook_that_annotates_it(backend: RecordingBackend) -> None:
-    calls: list[Any] = []
-    graph = in_a_graph(lambda: [call() for call in calls])
     _openai_hook.uninstall()
     model = ChatMaestro(model="stub")
-    calls += [
-        lambda: model.invoke("hi", extra_headers={"x-mine": "1"}),
-        lambda: model.with_structured_output(Answer, method="json_schema").invoke("hi"),
-        lambda: list(model.stream("hi")),
-    ]
-    graph.invoke({"x": 0})
-    assert backend.stages() == [("a", "0"), ("a", "1"), ("a", "2")]
+    call = CallContext(CallIdentity(run="r", workflow="w@1", stage="a"), Annotation(role="a"))
+    reset = current_caller.set(lambda: call)
+    try:
+        model.invoke("hi", extra_headers={"x-mine": "1"})
+        model.with_structured_output(Answer, method="json_schema").invoke("hi")
+        list(model.stream("hi"))
+    finally:
+        current_caller.reset(reset)
+    assert backend.stages() == [("a", "0")] * 3
     assert [body["maestro"]["role"] for _, body in backend.chats] == ["a", "a", "a"]
     assert backend.chats[0][0]["x-mine"] == "1"
 

@@ -26,7 +26,7 @@ def off() -> Iterator[None]:
 
 def patched() -> tuple[Any, ...]:
     methods = (Pregel.stream, Pregel.astream)
-    return (*methods, openai.OpenAI._prepare_options, openai.AsyncOpenAI._prepare_options)
+    return (*methods, openai.OpenAI.request, openai.AsyncOpenAI.request)
 
 
 def run_stream(graph: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ def render(call: CallContext) -> Extras:
     annotation; logged once.
     """
     headers = call.identity.headers()
-    body, size = _measured(call.annotation)
+    body, size = call.annotation.wire
     if size <= MAX_ANNOTATION_BYTES:
         return Extras(headers, {BODY_KEY: body})
     warn_once(
@@ -76,10 +75,7 @@ def render(call: CallContext) -> Extras:
         size,
         MAX_ANNOTATION_BYTES,
     )
-    body, size = _measured(call.annotation.model_copy(update={"announcement": None}))
+    said = call.annotation
+    rest = Annotation.model_construct(role=said.role, slo=said.slo, tenant=said.tenant)
+    body, size = rest.wire
     return Extras(headers, {BODY_KEY: body} if size <= MAX_ANNOTATION_BYTES else {})
-
-
-def _measured(annotation: Annotation) -> tuple[dict[str, Any], int]:
-    body = annotation.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return body, len(json.dumps(body))

@@ -65,15 +65,23 @@ class ControlClient:
         """Let the backend know `workflow` before its first call."""
         backend = settings()
         if backend.active:
-            self._put([_Item(backend, workflow, time.monotonic())])
+            self._put(_Item(backend, workflow, time.monotonic()))
 
     @fail_open
-    def post(self, workflow: Workflow, run: str, events: Iterable[RunEvent]) -> None:
-        """Send the events of one run, in order."""
-        backend = settings()
+    def post(
+        self,
+        workflow: Workflow,
+        run: str,
+        events: Iterable[RunEvent],
+        backend: Settings | None = None,
+    ) -> None:
+        """Send the events of one run, in order, to `backend`: what the settings said when the run
+        began, or say now."""
+        backend = backend or settings()
         if backend.active:
             now = time.monotonic()
-            self._put([_Item(backend, workflow, now, run, event) for event in events])
+            for event in events:
+                self._put(_Item(backend, workflow, now, run, event))
 
     @fail_open
     def flush(self, timeout_s: float) -> bool:
@@ -99,15 +107,15 @@ class ControlClient:
         self._flushes: SimpleQueue[_Flush] = SimpleQueue()
         self._started = Lock()
 
-    def _put(self, items: list[_Item]) -> None:
-        for item in items:
-            self.dropped += len(self._items) == MAX_QUEUED
-            self._items.append(item)
+    def _put(self, item: _Item) -> None:
+        if len(self._items) == MAX_QUEUED:
+            self.dropped += 1
+        self._items.append(item)
         if self._wake.empty():
             self._wake.put(None)
         # Whoever takes the lock starts the thread; nobody ever waits for it. `Thread.start` would
         # wait until the thread runs.
-        if self._started.acquire(blocking=False):
+        if not self._started.locked() and self._started.acquire(blocking=False):
             sender = _Sender(self, self._items, self._wake, self._flushes)
             try:
                 _thread.start_new_thread(sender.send_forever, ())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from ._log import fail_open, logger, warn_once
-from ._settings import Settings, is_maestro, origin, settings
+from ._settings import Settings, origin
 from .protocol import BODY_KEY
 
 T = TypeVar("T")
@@ -84,16 +84,14 @@ class Detour:
 
 
 @fail_open
-def detour_of(client: Any, options: Any) -> Detour | None:
-    """The way around Maestro for one request; None where there is none.
+def detour_of(client: Any, options: Any, backend: Settings) -> Detour | None:
+    """The way around `backend`, which has a fallback, for one request; None where there is none.
 
     Args:
-        client: an `openai` client.
+        client: an `openai` client whose requests go to `backend`.
         options: what its `request` was given.
+        backend: the settings.
     """
-    backend = settings()
-    if backend.fallback_base_url is None or not is_maestro(str(client.base_url)):
-        return None
     if "://" in options.url or options.files or getattr(options, "content", None):
         return None
     secrets = {backend.api_key, client.api_key} - {None, ""}

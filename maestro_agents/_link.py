@@ -97,7 +97,11 @@ class Link:
             raise Unreached(_said(error)) from error
         try:
             self._http.request(method, self._path + path, body, headers)
-            return _Reply(self._http.getresponse())
+            with self._http.getresponse() as reply:
+                said = _Reply(reply)
+            if not said.whole:
+                self._http.close()  # what is left of it is in the way of the next
+            return said
         except TimeoutError as error:
             # Events that are told twice are counted twice; a workflow is not.
             failure = Refused if method == "POST" else Unreached
@@ -111,6 +115,8 @@ class _Reply:
         self.status = reply.status
         self.headers = reply.headers
         self.text = reply.read(_KEPT_BYTES).decode(errors="replace")
+        # Without a length nobody knows whether the server means to go on: it is asked anew.
+        self.whole = reply.isclosed() and reply.headers.get("content-length") is not None
 
 
 def _said(error: Exception) -> str:

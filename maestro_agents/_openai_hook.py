@@ -13,9 +13,9 @@ from functools import wraps
 from typing import Any
 
 from ._context import begin_call, find_caller, render
-from ._fallback import detour_of
+from ._fallback import Detour, detour_of
 from ._log import fail_open, tell_once
-from ._settings import is_maestro, origin, settings
+from ._settings import origin, settings
 from .protocol import BODY_KEY, HEADER_RUN, HEADER_STAGE
 
 _HOOK = "request"
@@ -23,7 +23,10 @@ _ORIGINAL = "__maestro_original__"
 
 
 def install() -> None:
-    """Patch the client classes of `openai`, if it is imported. Idempotent."""
+    """Patch the client classes of `openai`, if it is imported. Idempotent, and then quick."""
+    module = sys.modules.get("openai")
+    if module is None or hasattr(getattr(module.AsyncOpenAI, _HOOK, None), _ORIGINAL):
+        return
     for client, wrap in _clients():
         original = getattr(client, _HOOK)
         if not hasattr(original, _ORIGINAL):
@@ -48,11 +51,11 @@ def _clients() -> Iterator[tuple[type, Callable[[Any], Any]]]:
 def _wrap_sync(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def request(self: Any, cast_to: Any, options: Any, **kwargs: Any) -> Any:
-        detour = detour_of(self, options)
+        told, detour = _prepared(self, options) or (options, None)
         first = None
         if detour is None or detour.maestro_first():
             try:
-                reply = original(self, cast_to, _annotated(self, options) or options, **kwargs)
+                reply = original(self, cast_to, told, **kwargs)
                 return detour.unused(reply) if detour else reply
             except Exception as error:
                 if detour is None or not detour.is_needed(error):
@@ -70,11 +73,10 @@ def _wrap_sync(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wrap_async(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     async def request(self: Any, cast_to: Any, options: Any, **kwargs: Any) -> Any:
-        detour = detour_of(self, options)
+        told, detour = _prepared(self, options) or (options, None)
         first = None
         if detour is None or detour.maestro_first():
             try:
-                told = _annotated(self, options) or options
                 reply = await original(self, cast_to, told, **kwargs)
                 return detour.unused(reply) if detour else reply
             except Exception as error:
@@ -91,17 +93,34 @@ def _wrap_async(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @fail_open
-def _annotated(client: Any, options: Any) -> Any:
+def _prepared(client: Any, options: Any) -> tuple[Any, Detour | None]:
+    """What goes to the client's own server, and the way around it, if there is one."""
+    backend = settings()
+    if not backend.explicit:
+        return options, None
+    url = str(options.url if "://" in options.url else client.base_url)
+    if backend.serves(url):
+        detour = detour_of(client, options, backend) if backend.fallback_base_url else None
+        return _annotated(options) or options, detour
+    if backend.active and _is_chat(options) and find_caller():
+        tell_once(
+            f"elsewhere:{origin(url)}",
+            "calls of a workflow go to %s, not to MAESTRO_BASE_URL=%s: they are not annotated",
+            url,
+            backend.base_url,
+        )
+    return options, None
+
+
+@fail_open
+def _annotated(options: Any) -> Any:
     """A copy of `options` that says who is calling; None when there is nothing to say.
 
     The SDK shares headers and body with the caller and with retries: they are never edited.
     """
     if not _is_chat(options):
         return None
-    url = _target(client, options)
     given = dict(options.headers) if isinstance(options.headers, Mapping) else {}
-    if not is_maestro(url):
-        return _hint(url)
     if {HEADER_RUN, HEADER_STAGE} & {name.lower() for name in given}:
         return None
     if (call := begin_call()) is None:
@@ -121,17 +140,3 @@ def _is_chat(options: Any) -> bool:
         and isinstance(body, dict)
         and BODY_KEY not in (getattr(options, "extra_json", None) or {})
     )
-
-
-def _target(client: Any, options: Any) -> str:
-    return str(options.url if "://" in options.url else client.base_url)
-
-
-def _hint(url: str) -> None:
-    if settings().active and find_caller():
-        tell_once(
-            f"elsewhere:{origin(url)}",
-            "calls of a workflow go to %s, not to MAESTRO_BASE_URL=%s: they are not annotated",
-            url,
-            settings().base_url,
-        )

@@ -60,6 +60,10 @@ class Settings:
         """Where the control routes are: `<base_url>/maestro`."""
         return f"{self.base_url}/maestro"
 
+    def serves(self, url: str) -> bool:
+        """Whether `url` has the scheme, host and port of an explicit MAESTRO_BASE_URL."""
+        return self.explicit and origin(url) == origin(self.base_url)
+
 
 def settings() -> Settings:
     """The settings as the environment is now.
@@ -71,9 +75,8 @@ def settings() -> Settings:
 
 
 def is_maestro(base_url: str) -> bool:
-    """Whether `base_url` has the scheme, host and port of an explicit MAESTRO_BASE_URL."""
-    current = settings()
-    return current.explicit and origin(base_url) == origin(current.base_url)
+    """Whether the settings' `serves(base_url)`."""
+    return settings().serves(base_url)
 
 
 @lru_cache(maxsize=64)

@@ -82,6 +82,7 @@ class Tracker:
         self._clock = clock
         self._runs: OrderedDict[str, _Run] = OrderedDict()
         self._announced: dict[str, Announcement] = {}
+        self._annotations: dict[tuple[object, ...], Annotation] = {}
         self._lock = RLock()
         _trackers.add(self)
 
@@ -166,13 +167,12 @@ class Tracker:
             ),
         )
 
-    def tools_requested(self, stage: str | None, instance: int, tools: tuple[str, ...]) -> Events:
-        """The completion of a call asked for tools."""
-        if stage is None:
+    def tools_requested(self, call: CallIdentity, tools: tuple[str, ...]) -> Events:
+        """The completion of `call` asked for tools."""
+        if call.stage is None:
             return ()
-        return (
-            ToolsRequested(at=self._clock(), stage=stage, instance=instance, tools=tools[:128]),
-        )
+        at = self._clock()
+        return (ToolsRequested(at=at, stage=call.stage, instance=call.instance, tools=tools[:128]),)
 
     def tool_started(
         self, run: str, execution: str, key: str, tool: str, content: str | None = None
@@ -210,9 +210,7 @@ class Tracker:
             state = self._runs[run]
             instance = state.calls[found.stage]
             state.calls[found.stage] += 1
-            announcement = self._announcement(found)
-        if barrier:
-            announcement = announcement.model_copy(update={"barrier": barrier})
+            annotation = self._annotation(found, barrier)
         return CallContext(
             CallIdentity(
                 run=run,
@@ -221,10 +219,22 @@ class Tracker:
                 instance=instance,
                 conversation=state.conversation,
             ),
-            Annotation(
-                role=found.role, announcement=announcement, slo=self._slo, tenant=self._tenant
-            ),
+            annotation,
         )
+
+    def _annotation(self, execution: _Execution, barrier: Barrier | None) -> Annotation:
+        """Until routing is known, calls of a stage say the same, in the same kind of superstep."""
+        at = (barrier.step, barrier.width) if barrier else None
+        key = (execution.stage, execution.role, at)
+        if execution.routed is None and key in self._annotations:
+            return self._annotations[key]
+        announcement = self._announcement(execution).model_copy(update={"barrier": barrier})
+        annotation = Annotation(
+            role=execution.role, announcement=announcement, slo=self._slo, tenant=self._tenant
+        )
+        if execution.routed is None and len(self._annotations) < MAX_RUNS:
+            self._annotations[key] = annotation
+        return annotation
 
     def _knows(self, run: str) -> bool:
         with self._lock:

@@ -7,7 +7,7 @@ a model call is what the HTTP client sees. It does no I/O and never raises.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 from uuid import UUID
@@ -58,6 +58,7 @@ class MaestroHandler(GraphCallbackHandler):
 
     run_inline = True
     raise_error = False
+    ignore_llm = True  # the ends of model calls, and each token of them, cost time and tell nothing
 
     def __init__(self, graph: GraphMap, options: Options) -> None:
         self.graph = graph
@@ -110,29 +111,19 @@ class MaestroHandler(GraphCallbackHandler):
         **kwargs: Any,
     ) -> None:
         frame = self._frame(parent_run_id)
-        if frame is None or frame.task is None:
-            return
-        annotate_openai()  # now it is imported for sure
-        mine = self._enter(run_id, frame.run, frame.task)
-        current_caller.set(partial(self.begin_call, mine))
+        if frame and frame.task:
+            annotate_openai()  # now it is imported for sure
+            current_caller.set(partial(self._begin_one_call, frame.run, frame.task))
 
-    @fail_open
-    def on_llm_end(self, response: Any, *, run_id: UUID, **kwargs: Any) -> None:
-        frame = self._end_call(run_id)
-        if frame and frame.call and (tools := tuple(_tools_requested(response))):
-            instance = frame.call.identity.instance
-            stage = frame.call.identity.stage
-            self._post(frame.run, self._tracker.tools_requested(stage, instance, tools))
+    def _begin_one_call(self, run: Run, task: Task) -> CallContext | None:
+        """For the one request that follows: threads are used again, by others."""
+        current_caller.set(None)
+        return self.begin_call(run, task)
 
-    @fail_open
-    def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
-        self._end_call(run_id)
-
-    def begin_call(self, frame: Frame) -> CallContext | None:
-        """The next call of the stage that `frame` is in."""
-        if task := frame.task:
-            frame.call = self._tracker.call_started(frame.run.id, task.key, barrier=task.barrier())
-        return frame.call
+    def begin_call(self, run: Run, task: Task) -> CallContext | None:
+        """The next call of the stage that `task` runs."""
+        task.call = self._tracker.call_started(run.id, task.key, barrier=task.barrier())
+        return task.call
 
     @fail_open
     def on_tool_start(
@@ -246,6 +237,8 @@ class MaestroHandler(GraphCallbackHandler):
         if router and chosen is not None and router.within.prefix in self.graph.levels:
             following = self.graph.successors(router.within.prefix, router.node, chosen)
             self._tracker.routed(run.id, task.key, following)
+        if task.call and (tools := _tools_requested(output)):
+            self._post(run, self._tracker.tools_requested(task.call.identity, tools))
         failed = _failed(error)
         if failed:
             task.within.failures[task.namespace] += 1
@@ -276,11 +269,6 @@ class MaestroHandler(GraphCallbackHandler):
                 return
             _, run = self._paused.popitem(last=False)
         self._post(run, self._tracker.run_ended(run.id, failed=_failed(error)))
-
-    def _end_call(self, run_id: UUID) -> Frame | None:
-        if frame := self._leave(run_id):
-            current_caller.set(None)
-        return frame
 
     def _end_tool(self, run_id: UUID, output: Any = None) -> None:
         if frame := self._leave(run_id):
@@ -324,10 +312,15 @@ def _addressee(task: Task, graph: str | None) -> Task | None:
     return found
 
 
-def _tools_requested(response: Any) -> Iterator[str]:
-    for generation in response.generations[0][:1]:
-        for call in getattr(generation.message, "tool_calls", ()):
-            yield call["name"]
+def _tools_requested(output: Any) -> tuple[str, ...]:
+    """The tools that a message at the end of a node's output asks for."""
+    if isinstance(output, Command):
+        output = output.update
+    for value in output.values() if isinstance(output, Mapping) else (output,):
+        last = value[-1] if isinstance(value, list) and value else value
+        if calls := getattr(last, "tool_calls", None):
+            return tuple(call["name"] for call in calls)
+    return ()
 
 
 def _caller_of_context() -> Caller | None:
@@ -336,4 +329,4 @@ def _caller_of_context() -> Caller | None:
     frame = _frames.get(run_id) if run_id else None
     if frame is None or frame.task is None or not isinstance(frame.owner, MaestroHandler):
         return None
-    return partial(frame.owner.begin_call, frame)
+    return partial(frame.owner.begin_call, frame.run, frame.task)

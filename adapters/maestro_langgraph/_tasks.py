@@ -39,7 +39,10 @@ class GraphRun:
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """One run of the node `node`, or of a `@task`, in superstep `step` of the graph it is in."""
+    """One run of the node `node`, or of a `@task`, in superstep `step` of the graph it is in.
+
+    `call` is its latest.
+    """
 
     key: str
     node: str
@@ -47,6 +50,7 @@ class Task:
     step: int
     within: GraphRun
     parent: Task | None
+    call: CallContext | None = None
     followers: list[Frame] = field(default_factory=list)
 
     @property
@@ -81,5 +85,4 @@ class Frame:
     opened: Run | Task | None = None
     name: str = ""
     graph: GraphRun | None = None
-    call: CallContext | None = None
     output: Any = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from functools import cached_property
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -48,3 +50,9 @@ class Annotation(Message):
     announcement: Announcement | None = None
     slo: Slo | None = None
     tenant: Name | None = None
+
+    @cached_property
+    def wire(self) -> tuple[dict[str, Any], int]:
+        """As JSON goes into a body, not to be changed; and its size in bytes."""
+        text = self.model_dump_json(by_alias=True, exclude_none=True)
+        return json.loads(text), len(text.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache, partial
 from typing import Final
 from urllib.parse import quote, unquote
 
@@ -22,6 +23,8 @@ BODY_KEY: Final = "maestro"
 
 _SAFE = "/@:._-~"
 _MAX = 256
+
+_quoted = lru_cache(1024)(partial(quote, safe=_SAFE))
 
 
 class CallIdentity(Message):
@@ -46,7 +49,7 @@ class CallIdentity(Message):
             HEADER_INSTANCE: str(self.instance) if self.stage else None,
             HEADER_CONVERSATION: self.conversation,
         }
-        return {key: quote(value, safe=_SAFE) for key, value in named.items() if value}
+        return {key: _quoted(value) for key, value in named.items() if value}
 
     @classmethod
     def from_headers(cls, headers: Mapping[str, str]) -> tuple[CallIdentity, tuple[str, ...]]:

@@ -4,6 +4,8 @@ import socket
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
+from threading import Thread
 
 import pytest
 from sdk.recording_backend import RecordingBackend
@@ -228,6 +230,16 @@ def test_it_is_tried_again_without_being_asked(backend: RecordingBackend) -> Non
         assert again.types("r") == ["run_started"]
 
 
+def test_a_flush_tries_at_once(backend: RecordingBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_control, "BACK_OFF_S", (1000.0, 1000.0))
+    backend.fault = "drop"
+    client = ControlClient()
+    client.post(WORKFLOW, "r", [RunStarted()])
+    assert not client.flush(5)
+    backend.fault = None
+    assert client.flush(30)
+
+
 def test_each_outage_is_one_line(
     backend: RecordingBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -334,3 +346,50 @@ def test_the_events_of_a_short_run_go_in_one_post(
         client.post(WORKFLOW, "r", [event])
     assert client.flush(10)
     assert len(backend.posts) == 1 and len(backend.events["r"]) == 4
+
+
+# -- what a reply may look like ------------------------------------------------------------------
+
+
+def answer(server: socket.socket, reply: bytes, requests: list[bytes]) -> None:
+    """Answer every request on `server` with `reply`, in two pieces; then close the connection."""
+    while True:
+        try:
+            connection, _ = server.accept()
+        except OSError:
+            return
+        with connection, connection.makefile("rb") as lines:
+            head = list(iter(lines.readline, b"\r\n"))
+            lines.read(int(next(h for h in head if h.lower().startswith(b"content-length:"))[15:]))
+            requests.append(head[0])
+            with suppress(OSError):  # whoever has read enough hangs up
+                connection.sendall(reply[:20])
+                connection.sendall(reply[20:])
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        b"HTTP/1.0 204 No Content\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + 200_000 * b" ",
+    ],
+    ids=["close", "chunked", "old", "large"],
+)
+def test_any_http_reply_will_do(
+    reply: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = Thread(target=answer, args=(server, reply, requests))
+        thread.start()
+        monkeypatch.setenv("MAESTRO_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}/v1")
+        client = ControlClient()
+        for _ in range(3):
+            client.post(WORKFLOW, "r", [RunStarted()])
+            assert client.flush(5)
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join()
+    assert [line.split()[0] for line in requests] == [b"PUT", b"POST", b"POST", b"POST"]
+    assert client.dropped == 0 and not caplog.records

@@ -1,6 +1,7 @@
 """A data plane that is down: the SDK's ordinary error, or the fallback."""
 
 from collections.abc import Iterator
+from threading import Thread
 from typing import Any
 
 import openai
@@ -234,7 +235,7 @@ def test_an_outage_is_known_for_a_while_and_logged_once(
     assert caplog.text.count("cannot be reached") == 2
 
 
-def test_one_call_looks_whether_maestro_is_back(
+def test_one_call_looks_whether_maestro_is_back_and_the_others_do_not_wait(
     fallback: StubEngine,
     backend: RecordingBackend,
     client: openai.OpenAI,
@@ -242,8 +243,14 @@ def test_one_call_looks_whether_maestro_is_back(
 ) -> None:
     plain(client)
     monkeypatch.setattr(_fallback, "_down_until", dict.fromkeys(_fallback._down_until, 0.0))
+    backend.chat_fault = "hang"
+    looking = Thread(target=plain, args=(client,))
+    looking.start()
+    fallback.wait(lambda: len(backend.chats) == 2)
     plain(client)
-    plain(client)
+    assert len(fallback.requests) == 2
+    backend.over.set()
+    looking.join()
     assert len(backend.chats) == 2 and len(fallback.requests) == 3
 
 

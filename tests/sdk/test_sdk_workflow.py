@@ -115,7 +115,7 @@ def test_agent_marks_a_function_and_returns_it() -> None:
 def test_the_public_names_are_exactly_all() -> None:
     assert maestro_agents.__all__ == sorted(maestro_agents.__all__)
     public = {name for name in vars(maestro_agents) if not name.startswith("_")}
-    assert public - {"protocol", "testing"} == set(maestro_agents.__all__)
+    assert public - {"adapter", "protocol", "testing"} == set(maestro_agents.__all__)
 
 
 def test_the_import_is_light() -> None:

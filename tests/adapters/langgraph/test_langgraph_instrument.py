@@ -86,9 +86,9 @@ def test_graphs_in_graphs_are_one_run(backend: RecordingBackend) -> None:
     maestro.instrument()
     graph.invoke({"n": 0})
     assert backend.stages() == [("in/a", "0"), ("call/a", "0")]
+    assert len(told(backend)) == 1
     [(workflow_id, _)] = backend.workflows
     assert {head["workflow"] for head in backend.identities()} == {workflow_id}
-    assert len(told(backend)) == 1
 
 
 def test_a_wrapped_graph_keeps_its_own_options(backend: RecordingBackend) -> None:

@@ -12,7 +12,7 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.types import Command, Send
 from sdk.recording_backend import RecordingBackend
 from sdk.small_graphs import (
@@ -312,15 +312,15 @@ def test_tools_of_an_agent(backend: RecordingBackend) -> None:
     def ask(state: dict[str, Any]) -> dict[str, Any]:
         reply = llm.invoke("What is 1 + 1?")
         assert isinstance(reply, AIMessage) and reply.tool_calls
-        return {}
+        return {"messages": [reply]}
 
     def use(state: dict[str, Any]) -> dict[str, Any]:
         calc.invoke({"x": 1})
         return {}
 
-    builder = StateGraph(State).add_node("ask", ask).add_node("use", use)
+    builder = StateGraph(MessagesState).add_node("ask", ask).add_node("use", use)
     builder.add_edge(START, "ask").add_edge("ask", "use").add_edge("use", END)
-    workflow(builder.compile()).invoke({"n": 0})
+    workflow(builder.compile()).invoke({"messages": []})
     events = the_run(backend)
     assert shape(events) == [
         "run_started",

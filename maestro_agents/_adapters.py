@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Final, Protocol, TypeVar
 
+from ._log import fail_open
 from .protocol import Slo, UnsupportedError
 
 T = TypeVar("T")
@@ -66,15 +67,25 @@ def unsupported(obj: object) -> UnsupportedError:
     return UnsupportedError(f"workflow() cannot read a {kind}; it reads {known}")
 
 
-@cache
 def adapters() -> tuple[Adapter, ...]:
     """Every adapter that is installed, by the name of its entry point."""
-    return tuple(_load())
+    loaded = (_load(entry) for entry in installed())
+    return tuple(adapter for adapter in loaded if adapter)
 
 
-def _load() -> Iterator[Adapter]:
-    seen = set()
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        if entry.name not in seen:
-            seen.add(entry.name)
-            yield entry.load()
+@cache
+def installed() -> tuple[EntryPoint, ...]:
+    """The entry points of all adapters, each name once."""
+    entries: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        entries.setdefault(entry.name, entry)
+    return tuple(entries[name] for name in sorted(entries))
+
+
+@fail_open
+def _load(entry: EntryPoint) -> Adapter:
+    adapter: Adapter = entry.load()
+    return adapter
+
+
+installed()  # now: to look through what is installed would block an event loop later

@@ -38,11 +38,11 @@ def framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "[maestro_agents.adapters]\ntoy = toy_framework:adapter\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    _adapters.adapters.cache_clear()
+    _adapters.installed.cache_clear()
     import toy_framework
 
     yield toy_framework
-    _adapters.adapters.cache_clear()
+    _adapters.installed.cache_clear()
     del sys.modules["toy_framework"]
 
 

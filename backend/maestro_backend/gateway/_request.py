@@ -106,11 +106,18 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     return body
 
 
+def _bytes(value: Any) -> int:
+    """Of compact UTF-8 JSON, as the SDK counts."""
+    return len(
+        json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    )
+
+
 def _annotation(value: Any) -> tuple[Annotation, tuple[str, ...]]:
     """The `maestro` key, whatever a client put there; wrong fields are left out one by one."""
     if value is None:
         return Annotation(), ()
-    if not isinstance(value, dict) or len(json.dumps(value)) > MAX_ANNOTATION_BYTES:
+    if not isinstance(value, dict) or _bytes(value) > MAX_ANNOTATION_BYTES:
         return Annotation(), (BODY_KEY,)
     try:
         return Annotation.model_validate(value), ()

@@ -28,13 +28,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         if "langgraph" not in entry_points(group=_adapters.GROUP).names:
             patch.syspath_prepend(folder)
-        _adapters.adapters.cache_clear()
+        _adapters.installed.cache_clear()
         yield folder
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("BASE_URL", "API_KEY", "ENABLED"):
+    names = ("BASE_URL", "API_KEY", "ENABLED", "FALLBACK_BASE_URL", "FALLBACK_API_KEY")
+    for name in (*names, "SEND_CONTENT"):
         monkeypatch.delenv(f"MAESTRO_{name}", raising=False)
         monkeypatch.delenv(f"OPENAI_{name}", raising=False)
     monkeypatch.setattr(_log, "_seen", set())

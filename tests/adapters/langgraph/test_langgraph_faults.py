@@ -242,7 +242,7 @@ def test_nothing_of_ours_blocks_an_event_loop(backend: RecordingBackend) -> None
 
         await build(aask).compile().ainvoke({"n": 0})  # what the libraries read once
         with blockbuster_ctx():
-            graph = make(aask)
+            graph = workflow(make(aask))
             await graph.ainvoke({"n": 0})
             shared = make(lambda state: {"n": 1})
             others = [Thread(target=lambda: [shared.invoke({"n": 0}) for _ in range(20)])

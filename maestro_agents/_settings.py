@@ -5,7 +5,7 @@ MAESTRO_API_KEY            the backend's key, when it asks for one
 MAESTRO_ENABLED            `false` turns every annotation and event off
 MAESTRO_FALLBACK_BASE_URL  the OpenAI base URL that takes the calls while the backend is down
 MAESTRO_FALLBACK_API_KEY   its key; the backend's own key never goes there
-MAESTRO_SEND_CONTENT       `true` lets excerpts of prompts leave in annotations and events
+MAESTRO_SEND_CONTENT       `true` sends what goes into tools and comes out of them
 """
 
 from __future__ import annotations

@@ -78,7 +78,11 @@ class Story:
         self.book.run_event(run, RunEnded(), at)
 
     def foreseen(self, run: str = "r") -> dict[str, float]:
-        return {c.stage: c.probability for c in self.book.runs[run].forecast}
+        """By stage, how likely its next call is."""
+        found: dict[str, float] = {}
+        for call in self.book.runs[run].forecast:
+            found[call.stage] = max(call.probability, found.get(call.stage, 0.0))
+        return found
 
     def whole_run(self, run: str) -> None:
         self.begin(0, run)

@@ -95,6 +95,7 @@ def test_a_call_still_open_when_the_run_ends_can_end_later() -> None:
 
 def sizes(run: Run) -> dict[str, int]:
     kept = {name: getattr(run, name) for name in run.__slots__}
+    kept |= {name: getattr(run.position, name) for name in run.position.__slots__}
     return {name: len(value) for name, value in kept.items() if isinstance(value, Sized)}
 
 
@@ -115,7 +116,7 @@ def test_a_run_keeps_no_more_than_a_thousand_open_stages() -> None:
         story.enter(f"never ends {number}", 0.0)
     story.leave("x", 1.0, *(f"never begins {number}" for number in range(1_010)))
     assert max(sizes(story.book.runs["r"]).values()) == 1_000
-    assert len(story.book.runs["r"].pending) == 256
+    assert len(story.book.runs["r"].position.pending) == 256
 
 
 def test_a_client_with_ever_new_names_is_forgotten_not_remembered() -> None:

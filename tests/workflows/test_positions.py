@@ -143,10 +143,10 @@ def test_a_run_that_jumps_back_expects_nothing_of_where_it_was() -> None:
         story.call(stage, 0.0)
         story.hang_up(stage, 1.0)
     story.call("plan", 5.0, instance=1)  # resumed from a checkpoint
-    assert "judge" not in story.book.runs["r"].pending
+    assert "judge" not in story.book.runs["r"].position.pending
     assert story.foreseen().keys() == {"write", "judge", "post"}
     story.hang_up("plan", 6.0)
-    assert story.book.runs["r"].pending.keys() == {"write"}
+    assert story.book.runs["r"].position.pending.keys() == {"write"}
 
 
 def test_a_run_resumed_behind_its_first_stage_says_nothing_of_that_stage() -> None:
@@ -167,8 +167,8 @@ def test_a_cached_node_is_skipped_but_its_neighbour_is_not() -> None:
     story.begin(0.0)
     execute(story, "plan", 0.0, "cached", "b")
     story.enter("write", 2.0)
-    assert story.book.runs["r"].pending.keys() == {"b"}
-    assert story.foreseen() == {"b": 1.0}
+    assert story.book.runs["r"].position.pending.keys() == {"b"}
+    assert story.foreseen() == {"b": 1.0, "write": 1.0}
     assert never_made(story) == 1
 
 

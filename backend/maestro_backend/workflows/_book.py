@@ -21,20 +21,25 @@ from maestro_agents.protocol import (
     StageEnded,
     StageStarted,
     ToolEnded,
+    ToolsRequested,
     ToolStarted,
     Workflow,
 )
 from maestro_backend import scheduler as core
 from maestro_backend.predictor import CallShape, Predictor, Recent
 
-from ._forecast import Expected, forecast, leads, next_stages
+from ._following import chances, leads, next_stages
+from ._forecast import forecast
 from ._memory import StageMemory
+from ._nouns import Expected, Habits, Past
+from ._position import Position
 from ._run import Run
-from ._transitions import Transitions
 
 _MAX_RUNS = 10_000
 _MAX_WORKFLOWS = 1_000
 """Kept: the runs heard of last, the workflows put last (ours)."""
+_MAX_PAUSED = 100
+"""Paused runs of one conversation that are known to be (ours)."""
 
 _UNKNOWN = Workflow(name="unknown", stages=())
 
@@ -47,8 +52,9 @@ class WorkflowBook:
         self.runs: Recent[str, Run] = Recent(_MAX_RUNS)
         self._predictor = predictor
         self._deadlines = deadlines
-        self._transitions = Transitions()
+        self._habits = Habits()
         self._memory = StageMemory()
+        self._paused: Recent[tuple[str, str], Recent[str, None]] = Recent(_MAX_RUNS)
 
     def put(self, workflow: Workflow) -> None:
         self.workflows[workflow.id] = workflow
@@ -77,9 +83,14 @@ class WorkflowBook:
         if stage is None:
             return events, None
         expected = self._expected(run, stage)
-        lead_s = run.meet(stage, identity.instance, now, expected=expected)
-        self._begin(run, stage, expected=expected)
+        lead_s = run.meet(stage, identity.instance, now, expected=run.awaits(stage, expected))
+        beside = announcement.barrier.width if announcement and announcement.barrier else 1
+        if not run.events_seen:
+            self._begin(run, stage, expected=expected, beside=beside)
+        if not run.events_seen or self._ahead(run, stage):
+            run.step_width[stage] = beside
         run.call(stage)
+        run.position.again.pop(stage, None)
         self._note(run, stage, shape)
         if announcement is not None:
             run.announcements[stage] = announcement
@@ -94,14 +105,21 @@ class WorkflowBook:
         run.hang_up(identity.stage)
         if not run.events_seen and not run.live(identity.stage):
             # No adapter tells us about stages: the end of the call stands for the stage's.
-            run.expect_after(identity.stage, self._following(run, identity.stage))
-            run.leave(identity.stage)
+            run.position.expect_after(identity.stage, self._following(run, identity.stage))
+            run.announcements.pop(identity.stage, None)
         return list(self._forecast(run, now)) if run.ended is None else []
 
     def waits_for(self, identity: CallIdentity) -> tuple[str, ...]:
         """The sources of the stage's join, if it has one."""
         workflow = self.workflows.get(identity.workflow or "")
         return workflow.join_sources(identity.stage) if workflow and identity.stage else ()
+
+    def next_of(self, run: str, stage: str) -> dict[str, float]:
+        """What is believed to follow a stage of a run: probability by stage, END among them."""
+        known = self.runs[run]
+        announcement = known.announcements.get(stage)
+        visit = self._visit(known, stage)
+        return chances(self._graph(known), stage, self._habits.transitions, announcement, visit)
 
     # --- run events -----------------------------------------------------------------------------
 
@@ -114,36 +132,82 @@ class WorkflowBook:
             self._renew(name, now)
             identity = CallIdentity(workflow=event.workflow, conversation=event.conversation)
             yield from self._ensure(name, identity, event.slo, now, event.tenant)
+            yield from self._end_paused(self.runs[name], now)
         else:
             yield from self._ensure(name, CallIdentity(), None, now)
         run = self.runs[name]
-        run.events_seen = True
         if run.ended is None:
+            self._hear(run, event)
             self._advance(run, event, now)
         yield from _told(name, event)
         if run.ended is None:
             yield from self._forecast(run, now)
 
+    def _hear(self, run: Run, event: RunEvent) -> None:
+        """The first event of a run: from now on events say where it stands.
+
+        If it is the run's start, all that calls have told is told again, and in order.
+        """
+        if run.events_seen:
+            return
+        run.events_seen = True
+        if isinstance(event, RunStarted):
+            run.position = Position()
+            run.position.expect_after(START, self._following(run, START))
+            return
+        for stage, calls in run.calling.items():
+            run.position.executing[stage] = run.made[stage] = calls
+
     def _advance(self, run: Run, event: RunEvent, now: float) -> None:
         match event:
             case StageStarted():
-                self._begin(run, event.stage, expected=self._expected(run, event.stage))
-                run.enter(event.stage)
+                if not event.attempt:
+                    self._begin(run, event.stage, expected=self._expected(run, event.stage))
+                run.position.enter(event.stage)
+                run.step_width.pop(event.stage, None)
             case StageEnded():
                 self._stage_ended(run, event)
+            case ToolsRequested():
+                run.position.again[event.stage] = None
+            case RunPaused():
+                run.pause()
+                key = (run.workflow, run.conversation or run.run)
+                self._paused.use(key, lambda: Recent(_MAX_PAUSED))[run.run] = None
+            case RunResumed():
+                run.paused = False
             case RunEnded():
+                if not event.failed:
+                    self._learn_the_end(run)
                 run.finish(now, event.failed)
 
-    def _expected(self, run: Run, stage: str) -> bool:
-        starts = run.starts(self._graph(run), self._transitions)
-        return any(e.stage == stage for e in starts)
+    def _end_paused(self, run: Run, now: float) -> Iterator[core.Event]:
+        """A conversation that goes on with a new run has given up its paused ones."""
+        for name in self._paused.pop((run.workflow, run.conversation or run.run), ()):
+            other = self.runs.get(name)
+            if name != run.run and other is not None and other.paused:
+                other.finish(now, failed=False)
+                yield core.RunEnded(name)
 
-    def _begin(self, run: Run, stage: str, *, expected: bool) -> None:
+    def _expected(self, run: Run, stage: str) -> bool:
+        return any(e.stage == stage for e in self._starts(run))
+
+    def _begin(self, run: Run, stage: str, *, expected: bool, beside: int = 1) -> None:
         """A stage begins. If nothing led there, and it is no further call or instance: a jump."""
         certain, candidates = self._graph(run).successors(stage)
-        if not expected and not run.in_round(stage, (*certain, *candidates)):
+        position = run.position
+        if not expected:
+            if run.live(stage) or position.in_round(stage, (*certain, *candidates)):
+                return self._go_on(run, stage)
             self._jump(run, stage)
-        run.begin(stage)
+        item = position.begin(stage, beside)
+        if item is not None and not item.certain and run.events_seen:
+            visit = position.visits.get(item.after, 1)
+            self._habits.transitions.learn(self._graph(run), item.after, visit, stage)
+
+    def _go_on(self, run: Run, stage: str) -> None:
+        """Where only calls tell of a stage, several may be of one execution."""
+        if run.events_seen:
+            run.position.begin(stage)
 
     def _jump(self, run: Run, stage: str) -> None:
         """Pending stages that lead to `stage` were passed; if none does, the run is elsewhere.
@@ -151,37 +215,72 @@ class WorkflowBook:
         Who passes a certain stage shows that it makes no call. Not so with events, which tell that
         themselves, nor in a run first seen here: it may have resumed behind that stage.
         """
-        graph, watched = self._graph(run), bool(run.begun)
-        passed = [e for e in run.pending.values() if leads(graph, e.stage, stage, run.begun)]
+        position, graph = run.position, self._graph(run)
+        watched = bool(position.begun)
+        position.whole = position.whole and watched
+        pending = position.pending.values()
+        passed = [e for e in pending if leads(graph, e.stage, stage, position.begun)]
         if not (passed and watched):
-            run.pending.clear()
+            position.pending.clear()
             return
         for item in passed:
             if item.certain and not run.events_seen:
                 self._memory.facts(run.workflow, item.stage).silent += 1
-            run.begin(item.stage)
+            position.begin(item.stage)
+            position.pending.pop(item.stage, None)
 
     def _stage_ended(self, run: Run, event: StageEnded) -> None:
-        stage = event.stage
-        run.exit(stage)
-        if event.next is None:
-            expected = [] if event.failed else self._following(run, stage)
+        stage, position = event.stage, run.position
+        self._learn_calls(run, event)
+        position.exit(stage)
+        visit = event.instance + 1
+        if event.failed:
+            position.expect_after(stage, [])
+        elif event.next is None:
+            position.expect_after(stage, self._following(run, stage, visit))
         else:
-            expected = [Expected(s.stage, 1.0, after=stage) for s in event.next]
-            self._learn_route(run, stage, expected)
-        run.expect_after(stage, expected)
+            position.expect_after(stage, list(_chosen(event)))
+            position.again.pop(stage, None)
+            self._learn_route(run, event, visit)
         if not run.live(stage):
-            calls = run.calls_since_start.pop(stage, 0)
-            if not calls and not event.failed:
-                self._memory.facts(run.workflow, stage).silent += 1
-        run.leave(stage)
+            run.announcements.pop(stage, None)
 
-    def _learn_route(self, run: Run, stage: str, chosen: list[Expected]) -> None:
-        workflow = self.workflows.get(run.workflow)
-        candidates = workflow.successors(stage).candidates if workflow else ()
-        for target in [e.stage for e in chosen] or [END]:
-            if target in candidates:
-                self._transitions.learn(run.workflow, stage, target)
+    # --- learning -------------------------------------------------------------------------------
+
+    def _learn_route(self, run: Run, event: StageEnded, visit: int) -> None:
+        workflow, stage = self._graph(run), event.stage
+        certain, _ = workflow.successors(stage)
+        followers = [s for s in event.next or () if s.stage not in certain]
+        if not followers:
+            self._habits.transitions.learn(workflow, stage, visit, END)
+        for successor in followers:
+            if successor.certain:  # else it is still open, and learned when it begins
+                self._habits.transitions.learn(workflow, stage, visit, successor.stage)
+                key = (run.workflow, stage, successor.stage)
+                self._habits.widths.learn(key, successor.width or 1)
+
+    def _learn_calls(self, run: Run, event: StageEnded) -> None:
+        several = self._several(run, event.stage)
+        own = run.settle(event.stage, several=several)
+        if own == 0 and not event.failed:
+            run.excuse(event.stage)
+            self._memory.facts(run.workflow, event.stage).silent += 1
+        elif own and several:
+            self._habits.calls.learn((run.workflow, event.stage), own)
+
+    def _learn_the_end(self, run: Run) -> None:
+        """Candidates that nobody said were not chosen, and calls that are left over: now it shows
+        that the run ended instead, and that a stage makes several calls in one execution."""
+        position, graph = run.position, self._graph(run)
+        for stage in dict.fromkeys(e.after for e in position.pending.values() if not e.certain):
+            visit = position.visits.get(stage, 1)
+            self._habits.transitions.learn(graph, stage, visit, END)
+        for stage in run.made:
+            if stage in position.visits and stage not in position.executing:
+                self._memory.facts(run.workflow, stage).several = True
+
+    def _several(self, run: Run, stage: str) -> bool:
+        return self._memory.known(run.workflow, stage).several
 
     # --- forecasts ------------------------------------------------------------------------------
 
@@ -196,15 +295,15 @@ class WorkflowBook:
         """Make sure the run is known; complete what its first message may have left out."""
         run = self.runs.use(name, lambda: Run(name, identity.workflow or "", now))
         changed = (
-            run.order == 0 or (identity.workflow and not run.workflow) or slo not in (None, run.slo)
+            not run.told or (identity.workflow and not run.workflow) or slo not in (None, run.slo)
         )
-        run.order += 1
+        run.told = True
         run.workflow = run.workflow or identity.workflow or ""
         run.conversation = run.conversation or identity.conversation
         run.slo, run.tenant = slo or run.slo, tenant or run.tenant
         if changed:
-            if not run.begun:
-                run.expect_after(START, self._following(run, START))
+            if not run.position.begun:
+                run.position.expect_after(START, self._following(run, START))
             deadline_s = self.deadline_s(run.slo)
             yield core.RunStarted(name, run.workflow, run.slo.class_, deadline_s, run.tenant)
 
@@ -223,26 +322,56 @@ class WorkflowBook:
         if run is not None and run.ended is not None:
             self.runs[name] = run.anew(now)
 
-    def _following(self, run: Run, stage: str) -> list[Expected]:
+    def _following(self, run: Run, stage: str, visit: int | None = None) -> list[Expected]:
         announcement = run.announcements.get(stage)
-        return next_stages(self._graph(run), stage, self._transitions, announcement)
+        visit = self._visit(run, stage) if visit is None else visit
+        graph, transitions = self._graph(run), self._habits.transitions
+        return next_stages(graph, stage, transitions, announcement, visit)
+
+    def _visit(self, run: Run, stage: str) -> int:
+        """The execution of `stage` that was heard of last, counted from 1."""
+        return max(1, run.position.visits.get(stage, 0) + self._ahead(run, stage))
+
+    def _ahead(self, run: Run, stage: str) -> int:
+        return run.ahead(stage, several=self._several(run, stage))
+
+    def _starts(self, run: Run) -> list[Expected]:
+        return run.position.starts(
+            run.running(), lambda s: self._following(run, s), lambda s: self._ahead(run, s)
+        )
 
     def _forecast(self, run: Run, now: float) -> Iterator[core.Event]:
-        starts = run.starts(self._graph(run), self._transitions)
+        starts = self._starts(run)
         workflow = self.workflows.get(run.workflow) or _made_of(starts)
         calls = forecast(
-            workflow, starts, self._transitions, lambda stage: self._expected_call(run, stage)
+            workflow,
+            starts,
+            self._habits,
+            lambda stage: self._expected_call(run, stage),
+            self._past(run),
         )
         before = run.forecast
         run.believe(calls, now)
         if calls != before:
             yield core.ForecastChanged(run.run, calls)
 
+    def _past(self, run: Run) -> Past:
+        running = run.running() if run.events_seen else {}
+        return Past(
+            visits=run.position.visits,
+            arrived=run.position.arrived,
+            copies=run.position.copies,
+            running={s: (number, run.made.get(s, 0)) for s, number in running.items()},
+            ahead=lambda stage: self._ahead(run, stage),
+            step_width=run.step_width if run.events_seen else {},
+        )
+
     def _graph(self, run: Run) -> Workflow:
         return self.workflows.get(run.workflow, _UNKNOWN)
 
     def _expected_call(self, run: Run, stage: Stage) -> core.ForecastCall | None:
-        if not self._memory.makes_calls(run.workflow, stage):
+        chance = self._memory.calls_chance(run.workflow, stage)
+        if not chance:
             return None
         facts = self._memory.known(run.workflow, stage.path)
         shape = CallShape(
@@ -258,7 +387,7 @@ class WorkflowBook:
             stage=stage.path,
             role=shape.role,
             model=shape.model,
-            probability=1.0,
+            probability=chance,
             earliest_start_s=0.0,
             prompt_tokens=predicted.prompt_tokens,
             length=predicted.length,
@@ -267,9 +396,18 @@ class WorkflowBook:
 
     def _note(self, run: Run, stage: str, shape: CallShape) -> None:
         facts = self._memory.facts(run.workflow, stage)
-        facts.calls, facts.silent = facts.calls + 1, 0
+        facts.calls += 1
         facts.model, facts.role = shape.model, shape.role
         facts.prompt_bytes, facts.max_tokens = shape.prompt_bytes, shape.max_tokens
+
+
+def _chosen(event: StageEnded) -> Iterator[Expected]:
+    """What routing said: certain successors, and those that share what is still open."""
+    said = event.next or ()
+    share = 1.0 / max(1, sum(not s.certain for s in said))
+    for s in said:
+        stated = share if s.probability is None else s.probability
+        yield Expected(s.stage, 1.0 if s.certain else stated, s.certain, event.stage, s.width)
 
 
 def _announced(run: str, stage: str, announcement: Announcement) -> core.Announced:

@@ -15,7 +15,7 @@ _MAX_STAGES = 10_000
 class StageFacts:
     """Learned of one (workflow, stage). `silent` counts executions that ended without a call.
 
-    One call outweighs them all: a node's result may be cached, and a run may resume behind it.
+    `several`: one execution was seen to make more than one call.
     """
 
     model: str = ""
@@ -24,10 +24,7 @@ class StageFacts:
     max_tokens: int | None = None
     calls: int = 0
     silent: int = 0
-
-    @property
-    def never_calls(self) -> bool:
-        return self.calls == 0 and self.silent > 0
+    several: bool = False
 
 
 class StageMemory:
@@ -44,9 +41,13 @@ class StageMemory:
         """To read: empty facts of a stage that nothing is known of."""
         return self._facts.get((workflow, stage)) or StageFacts()
 
-    def makes_calls(self, workflow: str, stage: Stage) -> bool:
-        """Whether to expect a call: what was seen, else what the adapter said, else yes."""
+    def calls_chance(self, workflow: str, stage: Stage) -> float:
+        """How likely an execution calls: as was seen, else as the adapter said, else surely.
+
+        0 only where no call was ever seen: a node's result may be cached, a run may resume
+        behind it.
+        """
         facts = self.known(workflow, stage.path)
-        if facts.calls:
-            return True
-        return stage.calls is not False and not facts.never_calls
+        if not facts.calls:
+            return float(stage.calls is not False and not facts.silent)
+        return 1.0 if not facts.silent else (facts.calls + 1) / (facts.calls + facts.silent + 2)

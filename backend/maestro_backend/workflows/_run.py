@@ -1,31 +1,29 @@
-"""One run as the backend follows it: where it stands, what it is expected to do, what it did."""
+"""One run as the backend follows it: what it is, where it stands, what it did and will do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections import Counter
 from dataclasses import dataclass, field
 
-from maestro_agents.protocol import END, MAX_STAGES, Announcement, Slo, Workflow
+from maestro_agents.protocol import MAX_STAGES, Announcement, Slo
 from maestro_backend.predictor import Recent
 from maestro_backend.scheduler import LIKELY, ForecastCall
 
-from ._forecast import Expected, next_stages
-from ._transitions import Transitions
+from ._position import Position, less, more
 
 _MAX_CALLS = 1_000
 """Calls of a run whose lead times are kept, the last ones (ours)."""
 _MAX_ANNOUNCEMENTS = 100
 """Announcements of a run that are kept, one a stage, the last ones (ours)."""
-_MAX_PENDING = 256
-"""Stages that a run may wait for: enough for a wide fork, few enough to forecast (ours)."""
 
 
 @dataclass(slots=True)
 class Run:
     """Position and forecast of one run. Times are seconds on the gateway's clock.
 
-    Calls and events of one run take different ways and may overtake each other; `order` counts
-    both as they come in, so that a late "ended, next is x" does not announce an x that has begun.
+    Calls and events of one run take different ways: a call may come `ahead` of the events that
+    tell what led to it, never behind the end of its own stage. Once there are events, they say
+    where the run stands, and a call ahead of them is one that is no longer to come.
     `lead_times_s` holds the last 1,000 calls; a retry is no call of its own.
     """
 
@@ -37,26 +35,32 @@ class Run:
     tenant: str = "default"
     ended: float | None = None
     failed: bool = False
+    paused: bool = False
     forecast: tuple[ForecastCall, ...] = ()
     lead_times_s: list[tuple[str, float | None]] = field(default_factory=list)
     announced_never_made: int = 0
+    told: bool = False
+    """The scheduler knows of it."""
     events_seen: bool = False
+    position: Position = field(default_factory=Position)
     calling: dict[str, int] = field(default_factory=dict)
-    executing: Recent[str, int] = field(default_factory=lambda: Recent(MAX_STAGES))
-    calls_since_start: Recent[str, int] = field(default_factory=lambda: Recent(MAX_STAGES))
+    made: Recent[str, int] = field(default_factory=lambda: Recent(MAX_STAGES))
+    """Calls of each stage that belong to no execution that has ended."""
+    step_width: Recent[str, int] = field(default_factory=lambda: Recent(MAX_STAGES))
+    """Of stages whose calls are ahead: how many tasks their superstep has, whichever they are."""
     announcements: Recent[str, Announcement] = field(
         default_factory=lambda: Recent(_MAX_ANNOUNCEMENTS)
     )
-    pending: Recent[str, Expected] = field(default_factory=lambda: Recent(_MAX_PENDING))
-    causes: Recent[str, str] = field(default_factory=lambda: Recent(MAX_STAGES))
-    order: int = 0
-    begun: Recent[str, int] = field(default_factory=lambda: Recent(MAX_STAGES))
-    foreseen: Recent[str, float] = field(default_factory=lambda: Recent(2 * MAX_STAGES))
-    met: Recent[str, None] = field(default_factory=lambda: Recent(MAX_STAGES))
+    foreseen: Recent[str, list[float]] = field(default_factory=lambda: Recent(2 * MAX_STAGES))
+    """Since when each call that is likely to come has been: of a stage, the next one first."""
     leads: Recent[tuple[str, int], float | None] = field(default_factory=lambda: Recent(_MAX_CALLS))
 
     def live(self, stage: str) -> bool:
-        return stage in self.executing or stage in self.calling
+        return stage in self.position.executing or stage in self.calling
+
+    def running(self) -> dict[str, int]:
+        """Executions in progress, by stage: as events tell, else as calls do."""
+        return dict(self.position.executing if self.events_seen else self.calling)
 
     def anew(self, now: float) -> Run:
         """The same run, started again after its end; calls that are still open stay counted."""
@@ -70,62 +74,6 @@ class Run:
             calling=self.calling,
         )
 
-    # --- stages ---------------------------------------------------------------------------------
-
-    def begin(self, stage: str) -> None:
-        """The stage has started, by event or by its call: it is no longer to come."""
-        self.order += 1
-        self.begun[stage] = self.order
-        if item := self.pending.pop(stage, None):
-            self.causes[stage] = item.after
-
-    def in_round(self, stage: str, following: Iterable[str]) -> bool:
-        """Whether `stage` runs, or has run and nothing of what follows it has begun since."""
-        began = self.begun.get(stage)
-        return self.live(stage) or (
-            began is not None and all(self.begun.get(s, 0) <= began for s in following)
-        )
-
-    def enter(self, stage: str) -> None:
-        _more(self.executing, stage)
-
-    def exit(self, stage: str) -> None:
-        _less(self.executing, stage)
-
-    def expect_after(self, stage: str, expected: list[Expected]) -> None:
-        """`stage` has ended: wait for these, unless they began since it did.
-
-        What was a candidate beside `stage`, and has not begun by now, was not chosen.
-        """
-        cause = self.causes.pop(stage, None)
-        for rival in [e for e in self.pending.values() if e.after == cause and not e.certain]:
-            del self.pending[rival.stage]
-        for item in self._to_come(stage, expected):
-            self.pending[item.stage] = item
-
-    def starts(self, workflow: Workflow, transitions: Transitions) -> list[Expected]:
-        """The stages that may start next: pending ones, and successors of those that run."""
-        starts = dict(self.pending)
-        for stage in {**self.executing, **self.calling}:
-            announcement = self.announcements.get(stage)
-            following = next_stages(workflow, stage, transitions, announcement)
-            for item in self._to_come(stage, following):
-                known = starts.get(item.stage)
-                if known is None or known.probability < item.probability:
-                    starts[item.stage] = item
-        return list(starts.values())
-
-    def _to_come(self, stage: str, following: list[Expected]) -> list[Expected]:
-        since = self.begun.get(stage, 0)
-        return [e for e in following if e.stage != END and self.begun.get(e.stage, 0) <= since]
-
-    def leave(self, stage: str) -> None:
-        """The stage is over: what was foreseen of it has come true (or it calls nobody)."""
-        if not self.live(stage):
-            self.announcements.pop(stage, None)
-            self.foreseen.pop(stage, None)
-            self.met.pop(stage, None)
-
     # --- calls ----------------------------------------------------------------------------------
 
     def meet(self, stage: str, instance: int, now: float, *, expected: bool) -> float | None:
@@ -137,52 +85,75 @@ class Run:
         call = (stage, instance)
         if call in self.leads and not (expected and instance == 0):
             return self.leads.use(call, lambda: None)
-        since = self.foreseen.get(stage)
-        lead_s = None if since is None else now - since
+        more(self.made, stage)
+        times = self.foreseen.get(stage)
+        lead_s = now - times.pop(0) if times else None
         self.leads[call] = lead_s
         self.lead_times_s.append((stage, lead_s))
         del self.lead_times_s[:-_MAX_CALLS]
-        self.met[stage] = None
         return lead_s
 
+    def awaits(self, stage: str, expected: bool) -> bool:
+        """Whether a first call is due: of an execution that runs, or of one that is `expected`
+        and of which no call has come yet."""
+        running = self.position.executing.get(stage, 0)
+        made = self.made.get(stage, 0) if self.events_seen else 0
+        return running > made or (expected and made <= running)
+
+    def excuse(self, stage: str) -> None:
+        """An execution is over without a call: what was foreseen of it did come, in its way."""
+        if times := self.foreseen.get(stage):
+            times.pop(0)
+
     def call(self, stage: str) -> None:
-        _more(self.calling, stage)
-        _more(self.calls_since_start, stage)
+        more(self.calling, stage)
 
     def hang_up(self, stage: str) -> None:
-        _less(self.calling, stage)
+        less(self.calling, stage)
+
+    def settle(self, stage: str, *, several: bool) -> int:
+        """An execution of `stage` is over: how many of the calls made were its own.
+
+        One, unless the stage is known to make `several`: then those of all that run are shared.
+        """
+        made, running = self.made.get(stage, 0), self.position.executing.get(stage, 1)
+        own = -(-made // max(1, running)) if several else min(1, made)
+        for _ in range(own):
+            less(self.made, stage)
+        return own
+
+    def ahead(self, stage: str, *, several: bool) -> int:
+        """How many executions of `stage` have called of which no event has told yet."""
+        if not self.events_seen:
+            return 0
+        made, running = self.made.get(stage, 0), self.position.executing.get(stage, 0)
+        return (made > 0 and not running) if several else max(0, made - running)
 
     # --- the future -----------------------------------------------------------------------------
 
     def believe(self, forecast: tuple[ForecastCall, ...], now: float) -> None:
-        """Take a new forecast; note when a stage becomes likely, and which never came."""
+        """Take a new forecast; note when a call becomes likely, and which never came."""
         self.forecast = forecast
-        likely = {c.stage for c in forecast if c.probability >= LIKELY}
-        for stage in sorted(likely - self.foreseen.keys()):
-            self.foreseen[stage] = now
-        for stage in [s for s in self.foreseen if s not in likely]:
-            if stage not in self.met and not self.live(stage):
+        likely = Counter(call.stage for call in forecast if call.probability >= LIKELY)
+        for stage in sorted({*likely, *self.foreseen}):
+            times = self.foreseen.use(stage, list)
+            times += [now] * (likely[stage] - len(times))
+            self.announced_never_made += len(times) - likely[stage]
+            del times[likely[stage] :]
+            if not times:
                 del self.foreseen[stage]
-                self.announced_never_made += 1
+
+    def pause(self) -> None:
+        """A human is asked: what runs is given up, its calls were for nothing."""
+        self.paused = True
+        for stage in self.position.executing:
+            self.made.pop(stage, None)
+        self.position.stop()
 
     def finish(self, now: float, failed: bool) -> None:
         """The run is over; whatever is still foreseen was never made."""
-        self.ended, self.failed, self.forecast = now, failed, ()
-        self.announced_never_made += sum(
-            1 for stage in self.foreseen if stage not in self.met and not self.live(stage)
-        )
-        for kept in (self.executing, self.calls_since_start, self.announcements, self.pending):
+        self.ended, self.failed, self.forecast, self.paused = now, failed, (), False
+        self.announced_never_made += sum(map(len, self.foreseen.values()))
+        self.position = Position()
+        for kept in (self.announcements, self.made, self.step_width, self.foreseen, self.leads):
             kept.clear()
-        for told in (self.begun, self.causes, self.foreseen, self.met, self.leads):
-            told.clear()
-
-
-def _more(counts: MutableMapping[str, int], key: str) -> None:
-    counts[key] = counts.get(key, 0) + 1
-
-
-def _less(counts: MutableMapping[str, int], key: str) -> None:
-    """Down to nothing, never below: a count that is zero takes no room."""
-    left = counts.pop(key, 0) - 1
-    if left > 0:
-        counts[key] = left

@@ -3,9 +3,10 @@
     make bench NAME=adapter_overhead
 
 Plain and wrapped runs alternate in short blocks of one process, so a noisy machine hits both.
-Times are ms of one run. `plain` and `wrapped` are the lower quartile over the blocks' medians, for
-a busy machine only ever adds; `more` and `ratio` compare them. `pairs` are the quartiles of the
-difference between neighbouring blocks, `cpu` is the same for the processor time of all threads.
+Times are ms of one run. `plain` and `wrapped` are medians over the blocks' medians. `more`, the
+difference between neighbouring blocks, and `cpu`, that of the processor time of all threads, are
+[first quartile, median, third]; `ratio` is the median of wrapped to plain of neighbouring blocks,
+`floor` the median difference that a LangChain callback handler makes which does nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 DEAD = "http://127.0.0.1:9/v1"
+MODEL_MS = 100
+"""How long a call takes where the model takes time."""
 
 
 class State(TypedDict, total=False):
@@ -35,11 +38,10 @@ class State(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A graph in two copies, and how one run is made. `control` is the MAESTRO_BASE_URL."""
+    """A graph in three copies, and how one run is made. `control` is the MAESTRO_BASE_URL."""
 
     name: str
-    plain: Any
-    wrapped: Any
+    copies: dict[str, Any]
     control: str
     is_async: bool
 
@@ -62,17 +64,35 @@ def two_nodes(model: Any) -> Any:
     return builder.add_edge(START, "plan").add_edge("plan", "write").add_edge("write", END)
 
 
-def variants(url: str) -> Iterator[Variant]:
+def idle_handler() -> Any:
+    """What any handler costs: the events that ours takes reach it, and it does nothing."""
+    from langgraph.callbacks import GraphCallbackHandler
+
+    class Idle(GraphCallbackHandler):
+        run_inline = True
+        ignore_llm = True
+
+        def on_chain_start(self, *_: Any, **__: Any) -> None: ...
+        def on_chain_end(self, *_: Any, **__: Any) -> None: ...
+        def on_chat_model_start(self, *_: Any, **__: Any) -> None: ...
+
+    return Idle()
+
+
+def variants(url: str, slow_url: str) -> Iterator[Variant]:
     """All of them, each sync and async."""
     from langchain_core.language_models import GenericFakeChatModel
     from langchain_openai import ChatOpenAI
 
     from maestro_agents import workflow
 
-    served = ChatOpenAI(model="stub", base_url=url, api_key="x", max_retries=0)
+    served, slow = (
+        ChatOpenAI(model="stub", base_url=to, api_key="x", max_retries=0) for to in (url, slow_url)
+    )
     fake = GenericFakeChatModel(messages=iter(lambda: "hello", None))
     for name, model, control in (
-        ("model calls", served, url),
+        (f"model calls of {MODEL_MS} ms", slow, slow_url),
+        ("model calls of no time", served, url),
         ("model calls in process", fake, url),
         ("no model call", None, url),
         ("in process, control plane dead", fake, DEAD),
@@ -80,7 +100,9 @@ def variants(url: str) -> Iterator[Variant]:
         for is_async in (True, False):
             os.environ["MAESTRO_BASE_URL"] = control
             plain = two_nodes(model).compile()
-            yield Variant(name, plain, workflow(plain), control, is_async)
+            idle = plain.with_config(callbacks=[idle_handler()])
+            copies = {"plain": plain, "wrapped": workflow(plain), "idle": idle}
+            yield Variant(name, copies, control, is_async)
 
 
 async def block(variant: Variant, graph: Any, count: int) -> tuple[float, float]:
@@ -100,21 +122,22 @@ async def measure(variant: Variant, rounds: int, count: int) -> dict[str, Any]:
     from maestro_agents._control import control
 
     os.environ["MAESTRO_BASE_URL"] = variant.control
-    rows: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in variant.copies}
     for turn in range(rounds + 2):
-        for wrapped in (False, True) if turn % 2 else (True, False):
-            row = await block(variant, variant.wrapped if wrapped else variant.plain, count)
+        for name in list(rows)[:: 1 if turn % 2 else -1]:
+            row = await block(variant, variant.copies[name], count)
             control.flush(5)
-            if turn > 1:  # the first rounds warm both up
-                rows[wrapped].append(row)
-    (plain, plain_cpu), (wrapped_, cpu) = (zip(*rows[name], strict=True) for name in (False, True))
-    low, high = quartiles(plain)[0], quartiles(wrapped_)[0]
+            if turn > 1:  # the first rounds warm all up
+                rows[name].append(row)
+    (plain, plain_cpu), (wrapped, cpu), (idle, _) = (
+        zip(*found, strict=True) for found in rows.values()
+    )
     return {
-        "plain": low,
-        "wrapped": high,
-        "more": round(high - low, 3),
-        "ratio": round(high / low, 3),
-        "pairs": quartiles(b - a for a, b in zip(plain, wrapped_, strict=True)),
+        "plain": round(statistics.median(plain), 3),
+        "wrapped": round(statistics.median(wrapped), 3),
+        "more": quartiles(b - a for a, b in zip(plain, wrapped, strict=True)),
+        "ratio": quartiles(b / a for a, b in zip(plain, wrapped, strict=True))[1],
+        "floor": quartiles(b - a for a, b in zip(plain, idle, strict=True))[1],
         "cpu": quartiles(b - a for a, b in zip(plain_cpu, cpu, strict=True)),
     }
 
@@ -123,13 +146,14 @@ def quartiles(values: Iterable[float]) -> list[float]:
     return [round(value, 3) for value in statistics.quantiles(values, n=4)]
 
 
-def serve() -> None:
-    """The stub engine, and beside it control routes that take everything."""
+def serve(model_ms: float) -> None:
+    """A stub engine, and beside it control routes that take everything."""
+    from maestro_agents.testing import Latency
     from maestro_agents.testing._app import App
     from maestro_agents.testing._engine import Engine, Settings
     from maestro_agents.testing._server import listen, make_server
 
-    stub: Any = App(Engine(Settings()))
+    stub: Any = App(Engine(Settings(latency=Latency(overhead_s=model_ms / 1000))))
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if not scope["path"].startswith("/v1/maestro/"):
@@ -147,10 +171,10 @@ def serve() -> None:
 
 
 @contextmanager
-def server() -> Iterator[str]:
+def server(model_ms: float) -> Iterator[str]:
     """`serve` in its own process; yields its base URL."""
     process = subprocess.Popen(
-        (sys.executable, __file__, "--serve"), stdout=subprocess.PIPE, text=True
+        (sys.executable, __file__, "--serve", str(model_ms)), stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     try:
@@ -162,24 +186,25 @@ def server() -> Iterator[str]:
 
 async def profile(variant: Variant, count: int) -> None:
     """Where the time of wrapped runs goes, in our functions."""
-    await block(variant, variant.wrapped, 20)
+    await block(variant, variant.copies["wrapped"], 20)
     with cProfile.Profile() as profiler:
-        await block(variant, variant.wrapped, count)
+        await block(variant, variant.copies["wrapped"], count)
     pstats.Stats(profiler).sort_stats("cumulative").print_stats("maestro", 40)
 
 
 async def compare(options: argparse.Namespace) -> dict[str, Any]:
     """All in one event loop: the model keeps its connections."""
     result = {}
-    with server() as url:
-        for variant in variants(url):
+    with server(0) as url, server(MODEL_MS) as slow_url:
+        for variant in variants(url, slow_url):
             name = f"{variant.name}, {'ainvoke' if variant.is_async else 'invoke'}"
             if options.only not in name:
                 continue
             if options.profile:
                 await profile(variant, options.rounds * options.count)
             else:
-                result[name] = await measure(variant, options.rounds, options.count)
+                count = max(2, options.count // 10) if str(MODEL_MS) in name else options.count
+                result[name] = await measure(variant, options.rounds, count)
     return result
 
 
@@ -189,10 +214,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20, help="runs in a block")
     parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        return serve()
+    if options.serve is not None:
+        return serve(options.serve)
     logging.disable()
     for name, row in asyncio.run(compare(options)).items():
         print(f"{name:40}", json.dumps(row))

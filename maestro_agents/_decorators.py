@@ -17,9 +17,10 @@ from typing import Any, Final, TypeVar, cast, overload
 from pydantic import ValidationError
 
 from . import _openai_hook
-from ._adapters import Options, find_adapter, unsupported
+from ._adapters import Adapter, Options, find_adapter, unsupported
+from ._log import warn_once
 from ._settings import settings
-from .protocol import ConfigError, Slo
+from .protocol import ConfigError, MaestroError, Slo
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -126,7 +127,7 @@ def workflow(
 def _wrap(obj: Any, options: Options, default_name: str | None = None) -> Any:
     if adapter := find_adapter(obj):
         _openai_hook.install()
-        return adapter.wrap(obj, options, default_name)
+        return _followed(adapter, obj, options, default_name)
     if isroutine(obj) and default_name is None:
         return _wrap_factory(obj, options)
     if isinstance(obj, AbstractAsyncContextManager) and default_name:
@@ -134,6 +135,17 @@ def _wrap(obj: Any, options: Options, default_name: str | None = None) -> Any:
     if isinstance(obj, AbstractContextManager) and default_name:
         return _entered(obj, options, default_name)
     raise unsupported(obj)
+
+
+def _followed(adapter: Adapter, obj: Any, options: Options, default_name: str | None) -> Any:
+    try:
+        return adapter.wrap(obj, options, default_name)
+    except MaestroError:
+        raise
+    except Exception:
+        kind = type(obj).__qualname__
+        warn_once(f"wrap:{kind}", "a %s cannot be read: it is not followed", kind, exc_info=True)
+        return obj
 
 
 @contextmanager

@@ -33,6 +33,9 @@ _UNREACHED: Final = {
 }
 """Names, for httpx and httpx2 alike, of what is raised when no reply will come."""
 
+_PASSING: Final = {"accept", "content-type", "idempotency-key", "traceparent", "user-agent"}
+"""The client was made for Maestro's host: what else it sends may be that host's only."""
+
 _SECRETS: Final = {"authorization", "api-key", "x-api-key"}
 
 _down_until: dict[str, float] = {}
@@ -111,13 +114,19 @@ def detour_of(client: Any, options: Any, backend: Settings) -> Detour | None:
 
 
 def _headers(client: Any, given: Any, backend: Settings, secrets: set[Any]) -> dict[str, Any]:
-    """The request's own headers, less ours and Maestro's credentials, with the fallback's key."""
+    """Of all headers those that tell nothing of Maestro's host, with the fallback's key."""
     own = dict(given) if isinstance(given, Mapping) else {}
     omit = sys.modules["openai"].Omit()
-    hidden = {name: omit for name in _hidden({**client.default_headers, **own}, secrets)}
+    every = {**client.default_headers, **own}
+    secret = {*_hidden(every, secrets)}
+    hidden = {name: omit for name in every if name in secret or not _passes(name)}
     kept = {name: value for name, value in own.items() if name not in hidden}
     # "api-key": an Azure client would add it only later.
     return {**hidden, **kept, "api-key": omit, "Authorization": f"Bearer {_key(backend)}"}
+
+
+def _passes(name: str) -> bool:
+    return name.lower() in _PASSING or name.lower().startswith("x-stainless-")
 
 
 def _hidden(headers: Mapping[str, Any], secrets: set[Any]) -> Iterator[str]:

@@ -20,12 +20,15 @@ from .protocol import BODY_KEY, HEADER_RUN, HEADER_STAGE
 
 _HOOK = "request"
 _ORIGINAL = "__maestro_original__"
+_OURS = "__maestro_itself__"
+"""Wrappers by others copy our attributes; this one then names another function."""
 
 
 def install() -> None:
     """Patch the client classes of `openai`, if it is imported. Idempotent, and then quick."""
     module = sys.modules.get("openai")
-    if module is None or hasattr(getattr(module.AsyncOpenAI, _HOOK, None), _ORIGINAL):
+    last = getattr(module, "AsyncOpenAI", None)  # of those below; openai may be half imported
+    if last is None or hasattr(getattr(last, _HOOK, None), _ORIGINAL):
         return
     for client, wrap in _clients():
         original = getattr(client, _HOOK)
@@ -34,10 +37,11 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo `install`."""
+    """Undo `install`, but where others have put something around it since."""
     for client, _ in _clients():
-        if original := getattr(getattr(client, _HOOK), _ORIGINAL, None):
-            setattr(client, _HOOK, original)
+        current = getattr(client, _HOOK)
+        if getattr(current, _OURS, None) is current:
+            setattr(client, _HOOK, getattr(current, _ORIGINAL))
 
 
 def _clients() -> Iterator[tuple[type, Callable[[Any], Any]]]:
@@ -67,6 +71,7 @@ def _wrap_sync(original: Callable[..., Any]) -> Callable[..., Any]:
             raise error from first or error.__cause__
 
     setattr(request, _ORIGINAL, original)
+    setattr(request, _OURS, request)
     return request
 
 
@@ -89,6 +94,7 @@ def _wrap_async(original: Callable[..., Any]) -> Callable[..., Any]:
             raise error from first or error.__cause__
 
     setattr(request, _ORIGINAL, original)
+    setattr(request, _OURS, request)
     return request
 
 
@@ -96,13 +102,13 @@ def _wrap_async(original: Callable[..., Any]) -> Callable[..., Any]:
 def _prepared(client: Any, options: Any) -> tuple[Any, Detour | None]:
     """What goes to the client's own server, and the way around it, if there is one."""
     backend = settings()
-    if not backend.explicit:
+    if not backend.active:
         return options, None
     url = str(options.url if "://" in options.url else client.base_url)
     if backend.serves(url):
         detour = detour_of(client, options, backend) if backend.fallback_base_url else None
         return _annotated(options) or options, detour
-    if backend.active and _is_chat(options) and find_caller():
+    if _is_chat(options) and find_caller():
         tell_once(
             f"elsewhere:{origin(url)}",
             "calls of a workflow go to %s, not to MAESTRO_BASE_URL=%s: they are not annotated",

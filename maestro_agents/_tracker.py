@@ -37,6 +37,9 @@ from .protocol import (
 MAX_RUNS: Final = 4096
 """Most runs remembered at once; beyond it the oldest is forgotten."""
 
+MAX_ANNOTATIONS: Final = 256
+"""Most annotations of one workflow that are kept ready."""
+
 Events = tuple[RunEvent, ...]
 
 _trackers: WeakSet[Tracker] = WeakSet()
@@ -203,11 +206,16 @@ class Tracker:
     def call_started(
         self, run: str, execution: str, *, barrier: Barrier | None = None
     ) -> CallContext | None:
-        """The next call of a stage: its identity and its annotation."""
+        """The next call of a stage: its identity and its annotation.
+
+        Where the run is known and the execution is not (routing of a graph's start, say) it is a
+        call of the run.
+        """
         with self._lock:
-            if (found := self._execution(run, execution)) is None:
+            if (state := self._runs.get(run)) is None:
                 return None
-            state = self._runs[run]
+            if (found := state.executions.get(execution)) is None:
+                return self._call_of_run(run, state)
             instance = state.calls[found.stage]
             state.calls[found.stage] += 1
             annotation = self._annotation(found, barrier)
@@ -222,6 +230,10 @@ class Tracker:
             annotation,
         )
 
+    def _call_of_run(self, run: str, state: _Run) -> CallContext:
+        identity = CallIdentity(run=run, workflow=self.workflow.id, conversation=state.conversation)
+        return CallContext(identity, Annotation(slo=self._slo, tenant=self._tenant))
+
     def _annotation(self, execution: _Execution, barrier: Barrier | None) -> Annotation:
         """Until routing is known, calls of a stage say the same, in the same kind of superstep."""
         at = (barrier.step, barrier.width) if barrier else None
@@ -232,7 +244,7 @@ class Tracker:
         annotation = Annotation(
             role=execution.role, announcement=announcement, slo=self._slo, tenant=self._tenant
         )
-        if execution.routed is None and len(self._annotations) < MAX_RUNS:
+        if execution.routed is None and len(self._annotations) < MAX_ANNOTATIONS:
             self._annotations[key] = annotation
         return annotation
 

@@ -22,6 +22,8 @@ class LangGraphAdapter:
         from langgraph.graph import StateGraph
         from langgraph.pregel.protocol import PregelProtocol
 
+        from . import _following  # noqa: F401  now: a factory may be called in an event loop
+
         return isinstance(obj, PregelProtocol | StateGraph)
 
     def wrap(self, obj: T, options: Options, default_name: str | None = None) -> T:

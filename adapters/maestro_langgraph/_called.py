@@ -30,10 +30,15 @@ class Called:
     routes: bool = False
 
 
-def called_by(runnable: object) -> Called:
+Parts = dict[int, tuple[object, tuple[object, ...]]]
+"""What each object consists of, by its id; the object is kept alive, so that the id stays its."""
+
+
+def called_by(runnable: object, known: Parts) -> Called:
     """What `runnable`, its parts, its tools and the functions of its own module refer to.
 
-    Only a node of tools runs them: other nodes that refer to tools offer them to a model.
+    Only a node of tools runs them: other nodes that refer to tools offer them to a model. `known`
+    spares looking twice, and is filled.
     """
     found = Called()
     run = [*runnable.tools_by_name.values()] if isinstance(runnable, ToolNode) else [runnable]
@@ -49,8 +54,18 @@ def called_by(runnable: object) -> Called:
         elif isinstance(item, TaskFunction):
             found.tasks.append(str(item.func.__name__))
         elif not isinstance(item, BaseTool | ToolNode) or any(item is own for own in run):
-            agenda.extend(_parts(item))
+            if id(item) not in known:
+                known[id(item)] = (item, _parts_if_any(item))
+            agenda.extend(known[id(item)][1])
     return found
+
+
+def _parts_if_any(item: object) -> tuple[object, ...]:
+    """These are the app's own objects, and some raise when they are only looked at (proxies)."""
+    try:
+        return tuple(_parts(item))
+    except Exception:
+        return ()
 
 
 def _makes_commands(item: object) -> bool:

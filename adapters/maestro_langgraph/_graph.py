@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -46,20 +46,24 @@ class GraphMap:
         named = f"{path}/{name}"
         return named if named in self.levels else path
 
-    def successors(self, prefix: str, node: str, chosen: Iterable[Target]) -> tuple[Successor, ...]:
+    def successors(
+        self, prefix: str, node: str, chosen: Collection[Target]
+    ) -> tuple[Successor, ...]:
         """What follows a node of a level on the wire, once routing has chosen.
 
         Plain edges lead on all the same. The level's END leads out of it.
         """
         level = self.levels[prefix]
         found: dict[str, Successor] = {}
-        for target in (*chosen, *map(Target, level.certain(node))):
+        waits = {*level.waits(node)} - {target.node for target in chosen}
+        for target in (*chosen, *map(Target, (*level.certain(node), *sorted(waits)))):
             point = self.points.entering(level, target.node)
             for stage, candidate in self.points.reach(point).items():
                 before = found.get(stage, Successor(stage=stage))
+                certain = not candidate and target.node not in waits
                 found[stage] = Successor(
                     stage=stage,
-                    certain=before.certain or not candidate,
+                    certain=before.certain or certain,
                     width=(before.width or 0) + 1 if target.sent else before.width,
                 )
         found.pop(END, None)
@@ -78,8 +82,10 @@ def read_graph(graph: AnyPregel, options: Options, default_name: str | None = No
     points = Points(levels, leaves)
     joins = tuple(points.joins())
     joined = {(source, join.target) for join in joins for source in join.sources}
-    edges = [edge for edge in _edges(points, leaves) if (edge.source, edge.target) not in joined]
     try:
+        found = tuple(_edges(points, leaves))
+        # A certain edge into a join is the join; a candidate one says that it may wait in vain.
+        edges = [e for e in found if e.candidate or (e.source, e.target) not in joined]
         workflow = Workflow(
             name=_name(graph, options.name, default_name),
             stages=tuple(_stage(leaf, options.roles) for leaf in leaves),

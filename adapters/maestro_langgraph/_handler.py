@@ -6,14 +6,16 @@ a model call is what the HTTP client sees. It does no I/O and never raises.
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from typing import Any, Final
 from uuid import UUID
 
 from langgraph.callbacks import GraphCallbackHandler, GraphInterruptEvent
-from langgraph.errors import GraphBubbleUp, ParentCommand
+from langgraph.errors import GraphBubbleUp, GraphInterrupt, ParentCommand
 from langgraph.types import Command
 
 from maestro_agents.adapter import (
@@ -48,9 +50,17 @@ from ._supersteps import Supersteps
 from ._tasks import Frame, GraphRun, Run, Task
 
 MAX_PAUSED: Final = 1024
+MAX_OVER: Final = 4096
+MAX_NAME: Final = 256
 
 _frames: dict[UUID, Frame] = {}
 """Of all handlers: a wrapped graph inside another wrapped graph is followed by the outer one."""
+
+_over: OrderedDict[UUID, None] = OrderedDict()
+"""Callback runs that had not ended when their run did."""
+
+_paused: OrderedDict[tuple[str, str | None], Run] = OrderedDict()
+"""By workflow and conversation: an app may build its graph anew for each request."""
 
 
 class MaestroHandler(GraphCallbackHandler):
@@ -64,7 +74,6 @@ class MaestroHandler(GraphCallbackHandler):
         self.graph = graph
         self.options = options
         self._tracker = Tracker(graph.workflow, slo=options.slo, tenant=options.tenant)
-        self._paused: OrderedDict[str, Run] = OrderedDict()
         add_finder(_caller_of_context)
 
     @fail_open
@@ -82,7 +91,8 @@ class MaestroHandler(GraphCallbackHandler):
         step = superstep_of(tags)
         above = _frames.get(parent_run_id) if parent_run_id else None
         if above is None:
-            if step is None and (backend := settings()).active:
+            late = parent_run_id in _over  # a thread of a run that has failed goes on
+            if step is None and not late and (backend := settings()).active:
                 self._begin_run(run_id, inputs, metadata or {}, backend)
         elif above.owner is self:
             if step is not None:
@@ -122,7 +132,7 @@ class MaestroHandler(GraphCallbackHandler):
 
     def begin_call(self, run: Run, task: Task) -> CallContext | None:
         """The next call of the stage that `task` runs."""
-        task.call = self._tracker.call_started(run.id, task.key, barrier=task.barrier())
+        task.call = run.tracker.call_started(run.id, task.key, barrier=task.barrier())
         return task.call
 
     @fail_open
@@ -144,7 +154,7 @@ class MaestroHandler(GraphCallbackHandler):
         key = str(run_id)
         self._post(
             frame.run,
-            self._tracker.tool_started(frame.run.id, frame.task.key, key, tool, given),
+            frame.run.tracker.tool_started(frame.run.id, frame.task.key, key, tool, given),
         )
 
     @fail_open
@@ -159,24 +169,23 @@ class MaestroHandler(GraphCallbackHandler):
     def on_interrupt(self, event: GraphInterruptEvent) -> None:
         frame = self._frame(event.run_id)
         if frame and frame.opened is frame.run and not frame.run.paused:
-            frame.run.paused = True
-            self._post(frame.run, self._tracker.run_paused(frame.run.id))
+            self._pause(frame.run)
 
     def _begin_run(
         self, run_id: UUID, inputs: Any, metadata: Mapping[str, Any], backend: Settings
     ) -> None:
         annotate_openai()  # again: openai may have been imported since the graph was wrapped
-        conversation = str(metadata[THREAD]) if metadata.get(THREAD) else None
+        conversation = _conversation(metadata)
         resumes = inputs is None or isinstance(inputs, Command)
-        run = self._paused.pop(conversation, None) if conversation else None
+        run = _paused.pop((self.graph.workflow.id, conversation), None)
         if run and not resumes:
-            self._post(run, self._tracker.run_ended(run.id))
-        if run and resumes and (events := self._tracker.run_resumed(run.id)):
-            run.paused, run.backend = False, backend
+            self._post(run, run.tracker.run_ended(run.id))
+        if run and resumes and (events := run.tracker.run_resumed(run.id)):
+            run.paused, run.interrupted, run.backend = False, False, backend
             self._post(run, events)
         else:
-            run = Run(str(run_id), conversation, backend)
-            self._post(run, self._tracker.run_started(run.id, conversation))
+            run = Run(str(run_id), conversation, backend, self._tracker)
+            self._post(run, run.tracker.run_started(run.id, conversation))
         self._enter(run_id, run, None).opened = run
 
     def _begin_inner(
@@ -193,7 +202,8 @@ class MaestroHandler(GraphCallbackHandler):
         within = above.graph = above.graph or self._graph_run(above)
         namespace, node = metadata.get(NAMESPACE, ""), metadata.get(NODE, "")
         task = Task(str(run_id), node, namespace, step, within, above.task)
-        within.steps.begun(step, node)
+        if not within.failures[namespace]:  # tried again, it is the same task
+            within.steps.begun(step, node)
         self._start(run_id, above.run, task, metadata)
 
     def _begin_called_task(
@@ -207,8 +217,9 @@ class MaestroHandler(GraphCallbackHandler):
 
     def _start(self, run_id: UUID, run: Run, task: Task, metadata: Mapping[str, Any]) -> None:
         self._enter(run_id, run, task).opened = task
+        current_caller.set(None)  # what is left of a model's start outside is not for in here
         if task.node != START and not self.graph.is_container(task.path):
-            events = self._tracker.stage_started(
+            events = run.tracker.stage_started(
                 run.id,
                 task.key,
                 task.path,
@@ -236,15 +247,20 @@ class MaestroHandler(GraphCallbackHandler):
         router, chosen = self._choice(task, output, error)
         if router and chosen is not None and router.within.prefix in self.graph.levels:
             following = self.graph.successors(router.within.prefix, router.node, chosen)
-            self._tracker.routed(run.id, task.key, following)
-        if task.call and (tools := _tools_requested(output)):
-            self._post(run, self._tracker.tools_requested(task.call.identity, tools))
+            run.tracker.routed(run.id, task.key, following)
         failed = _failed(error)
+        run.interrupted = run.interrupted or isinstance(error, GraphInterrupt)
+        self._tell_tools(run, task, output)
         if failed:
             task.within.failures[task.namespace] += 1
         elif router is task and (error is None or chosen is not None):
             task.within.steps.ended(task.step, task.node, chosen)
-        self._post(run, self._tracker.stage_ended(run.id, task.key, failed=failed))
+        self._post(run, run.tracker.stage_ended(run.id, task.key, failed=failed))
+
+    @fail_open
+    def _tell_tools(self, run: Run, task: Task, output: Any) -> None:
+        if task.call and (tools := _tools_requested(output)):
+            self._post(run, run.tracker.tools_requested(task.call.identity, tools))
 
     def _choice(
         self, task: Task, output: Any, error: BaseException | None
@@ -262,19 +278,29 @@ class MaestroHandler(GraphCallbackHandler):
     def _end_run(self, run: Run, error: BaseException | None) -> None:
         for run_id in tuple(run.frames):
             _frames.pop(run_id, None)
+            _over[run_id] = None
+            if len(_over) > MAX_OVER:
+                _over.popitem(last=False)
         run.frames.clear()
+        if run.interrupted and isinstance(error, GeneratorExit) and not run.paused:
+            self._pause(run)  # whoever streams stops reading at the interrupt
         if run.paused and run.conversation:
-            self._paused[run.conversation] = run
-            if len(self._paused) <= MAX_PAUSED:
+            _paused[run.tracker.workflow.id, run.conversation] = run
+            if len(_paused) <= MAX_PAUSED:
                 return
-            _, run = self._paused.popitem(last=False)
-        self._post(run, self._tracker.run_ended(run.id, failed=_failed(error)))
+            _, run = _paused.popitem(last=False)
+        self._post(run, run.tracker.run_ended(run.id, failed=_failed(error)))
+
+    def _pause(self, run: Run) -> None:
+        run.paused = True
+        self._post(run, run.tracker.run_paused(run.id))
 
     def _end_tool(self, run_id: UUID, output: Any = None) -> None:
         if frame := self._leave(run_id):
             sent = frame.run.backend.send_content and output is not None
             content = str(getattr(output, "content", output)) if sent else None
-            self._post(frame.run, self._tracker.tool_ended(frame.run.id, str(run_id), content))
+            events = frame.run.tracker.tool_ended(frame.run.id, str(run_id), content)
+            self._post(frame.run, events)
 
     def _frame(self, run_id: UUID | None) -> Frame | None:
         """The frame of a callback run that this handler follows."""
@@ -298,8 +324,17 @@ class MaestroHandler(GraphCallbackHandler):
 
 
 def _failed(error: BaseException | None) -> bool:
-    """Routing, interrupts and a stream that nobody reads on are no failures."""
-    return error is not None and not isinstance(error, GraphBubbleUp | GeneratorExit)
+    """Routing, interrupts, and whoever stops reading or waiting, are no failures."""
+    stopped = GraphBubbleUp | GeneratorExit | CancelledError
+    return error is not None and not isinstance(error, stopped)
+
+
+def _conversation(metadata: Mapping[str, Any]) -> str | None:
+    """The thread, by a name that fits the wire."""
+    thread = str(metadata.get(THREAD) or "")
+    if len(thread) > MAX_NAME:
+        thread = sha256(thread.encode(errors="replace")).hexdigest()
+    return thread or None
 
 
 def _addressee(task: Task, graph: str | None) -> Task | None:
@@ -319,7 +354,9 @@ def _tools_requested(output: Any) -> tuple[str, ...]:
     for value in output.values() if isinstance(output, Mapping) else (output,):
         last = value[-1] if isinstance(value, list) and value else value
         if calls := getattr(last, "tool_calls", None):
-            return tuple(call["name"] for call in calls)
+            return tuple(
+                call["name"] if isinstance(call, Mapping) else call.function.name for call in calls
+            )
     return ()
 
 

@@ -29,24 +29,29 @@ class Instrumentation:
 
     def __init__(self) -> None:
         self._originals: dict[str, Callable[..., Any]] = {}
+        self._ours: dict[str, Callable[..., Any]] = {}
+        self._on = False
         self._handlers: WeakKeyDictionary[object, tuple[object, MaestroHandler | None]]
         self._lock = Lock()
 
     def start(self, options: Options) -> None:
         """Follow graphs from now on; if that is so already, `options` replace the former."""
         with self._lock:
-            self._options = options
+            self._on, self._options = True, options
             self._handlers = WeakKeyDictionary()
             for name in _METHODS:
                 if name not in self._originals:
                     original = self._originals[name] = getattr(Pregel, name)
-                    setattr(Pregel, name, self._following(original))
+                    self._ours[name] = self._following(original)
+                    setattr(Pregel, name, self._ours[name])
 
     def stop(self) -> None:
-        """Put everything back."""
+        """Put everything back. What others have put around it since stays, and ours rests in it."""
         with self._lock:
+            self._on = False
             for name in tuple(self._originals):
-                setattr(Pregel, name, self._originals.pop(name))
+                if getattr(Pregel, name) is self._ours[name]:
+                    setattr(Pregel, name, self._originals.pop(name))
 
     def _following(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -58,7 +63,7 @@ class Instrumentation:
     @fail_open
     def _followed(self, graph: AnyPregel) -> AnyPregel | None:
         """A followed copy; None for a graph that is followed by other means, or not at all."""
-        if not settings().active or is_followed(graph) or _inside_a_followed_run():
+        if not (self._on and settings().active) or is_followed(graph) or _inside_a_followed_run():
             return None
         handler = self._handler(graph)
         return follow(graph, handler) if handler else None
@@ -72,9 +77,13 @@ class Instrumentation:
         )
         known = self._handlers.get(builder or graph)
         if known is None or known[0] != state:
-            self._handlers[builder or graph] = (state, None)  # read once, also if that fails
-            known = self._handlers[builder or graph] = (state, handler_for(graph, self._options))
+            # Two runs that begin at once may both read; a graph that cannot be read is read once.
+            known = self._handlers[builder or graph] = (state, self._read(graph))
         return known[1]
+
+    @fail_open
+    def _read(self, graph: AnyPregel) -> MaestroHandler | None:
+        return handler_for(graph, self._options)
 
 
 def _inside_a_followed_run() -> bool:

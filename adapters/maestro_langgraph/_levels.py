@@ -24,10 +24,11 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A join: `target` waits for all `sources`."""
+    """A join: `target` waits for all `sources`. `certain`: if one of them runs, then all do."""
 
     sources: tuple[str, ...]
     target: str
+    certain: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,13 @@ class Level:
     def certain(self, node: str) -> Iterator[str]:
         """Where plain edges and joins lead from `node`, whatever routing chooses."""
         yield from self.plain.get(node, ())
-        yield from (join.target for join in self.waiting if node in join.sources)
+        yield from (join.target for join in self.waiting if node in join.sources and join.certain)
+
+    def waits(self, node: str) -> Iterator[str]:
+        """The targets of joins that may wait in vain: another source of theirs need not run."""
+        for join in self.waiting:
+            if node in join.sources and not join.certain:
+                yield join.target
 
     def candidates(self, node: str) -> Iterator[str]:
         """Where routing may go from `node`, duplicates included."""

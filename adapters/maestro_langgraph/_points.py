@@ -98,7 +98,7 @@ class Points:
             choice = source in level.tools and bool(self._handoffs(level, source))
             yield from ((source, target, choice) for target in targets)
         for waiting in level.waiting:
-            yield from ((source, waiting.target, False) for source in waiting.sources)
+            yield from ((s, waiting.target, not waiting.certain) for s in waiting.sources)
         for source in (START, *level.nodes):
             if source != START or source in level.branches:
                 passed = level.commands.get(source, ()) if self._hands_over(level, source) else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from langgraph.pregel import Pregel
 from maestro_agents.adapter import Agent, agent_of
 from maestro_agents.protocol import END, START
 
-from ._called import called_by
+from ._called import Parts, called_by
 from ._internals import (
     AGENT_NAME,
     HANDOFF,
@@ -48,6 +48,7 @@ class _Reader:
     def __init__(self) -> None:
         self.levels: list[Level] = []
         self.leaves: list[Leaf] = []
+        self._known: Parts = {}
 
     def read(self, graph: AnyPregel, around: _Around) -> None:
         builder = builder_of(graph)
@@ -58,7 +59,11 @@ class _Reader:
             (*around.builders, builder or graph),
         )
         called: dict[str, tuple[str, ...]] = {}
-        level = _level(here.prefix, builder, called) if builder else _opaque(here, graph, called)
+        level = (
+            _level(here.prefix, builder, called, self._known)
+            if builder
+            else _opaque(here, graph, called)
+        )
         self.levels.append(level)
         for node in level.nodes:
             spec = builder.nodes[node] if builder else None
@@ -79,7 +84,7 @@ class _Reader:
 
     def _called(self, runnable: object, host: _Around) -> tuple[str, ...]:
         """Read what a node's function calls; graphs of one name and node are told apart by none."""
-        found = called_by(runnable)
+        found = called_by(runnable, self._known)
         prefixes: dict[str, None] = {}
         for graph in found.graphs:
             prefix = f"{host.prefix}/{name}" if (name := _name_in(host, graph)) else host.prefix
@@ -104,14 +109,17 @@ class _Reader:
 
 
 def _level(
-    prefix: str, builder: StateGraph[Any, Any, Any, Any], called: Mapping[str, tuple[str, ...]]
+    prefix: str,
+    builder: StateGraph[Any, Any, Any, Any],
+    called: Mapping[str, tuple[str, ...]],
+    known: Parts,
 ) -> Level:
     order = {name: at for at, name in enumerate((START, *builder.nodes, END))}
     plain: dict[str, tuple[str, ...]] = {}
     for source, target in sorted(builder.edges, key=lambda edge: order[edge[1]]):
         plain[source] = (*plain.get(source, ()), target)
     specs = builder.nodes.items()
-    plain |= {name: (END,) for name in _last_nodes(builder) if name not in plain}
+    plain |= {name: (END,) for name in _last_nodes(builder, known) if name not in plain}
     return Level(
         prefix=prefix,
         nodes=tuple(builder.nodes),
@@ -119,7 +127,8 @@ def _level(
         called=called,
         plain=plain,
         waiting=tuple(
-            Waiting(sources, target) for sources, target in sorted(builder.waiting_edges)
+            Waiting(sources, target, _together(sources, plain))
+            for sources, target in sorted(builder.waiting_edges)
         ),
         branches={
             source: tuple(Branch(ends_of(b), is_observable(b)) for b in branches.values())
@@ -136,13 +145,29 @@ def _level(
     )
 
 
-def _last_nodes(builder: StateGraph[Any, Any, Any, Any]) -> Iterator[str]:
+def _last_nodes(builder: StateGraph[Any, Any, Any, Any], known: Parts) -> Iterator[str]:
     """The nodes after which the graph can only end, though no edge says so."""
     waited = {source for sources, _ in builder.waiting_edges for source in sources}
     for name, spec in builder.nodes.items():
         leads_on = spec.ends or builder.branches.get(name) or name in waited
-        if not (leads_on or isinstance(spec.runnable, Pregel) or called_by(spec.runnable).routes):
+        leads_on = leads_on or any(source == name for source, _ in builder.edges)
+        if leads_on or isinstance(spec.runnable, Pregel):
+            continue
+        if not called_by(spec.runnable, known).routes:
             yield name
+
+
+def _together(sources: Collection[str], plain: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether plain edges lead from one place to all `sources`: if one runs, then all do."""
+    return any({*sources} <= _reached(start, plain) for start in (START, *plain))
+
+
+def _reached(start: str, plain: Mapping[str, tuple[str, ...]]) -> set[str]:
+    found, agenda = {start}, [start]
+    for node in agenda:
+        agenda += [target for target in plain.get(node, ()) if target not in found]
+        found |= {*plain.get(node, ())}
+    return found
 
 
 def _opaque(around: _Around, graph: AnyPregel, called: Mapping[str, tuple[str, ...]]) -> Level:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from maestro_agents.adapter import CallContext, Settings
+from maestro_agents.adapter import CallContext, Settings, Tracker
 from maestro_agents.protocol import Barrier
 
 from ._supersteps import Supersteps
@@ -16,13 +16,15 @@ from ._supersteps import Supersteps
 @dataclass(slots=True, eq=False)
 class Run:
     """One execution of a followed graph. `backend` is who is told of it; `frames` are the callback
-    runs to forget when it ends."""
+    runs to forget when it ends; `interrupted`: a task has asked a human."""
 
     id: str
     conversation: str | None
     backend: Settings
+    tracker: Tracker
     frames: set[UUID] = field(default_factory=set)
     paused: bool = False
+    interrupted: bool = False
 
 
 @dataclass(slots=True, eq=False)

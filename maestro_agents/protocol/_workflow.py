@@ -37,7 +37,11 @@ class Edge(Message):
 
 
 class Join(Message):
-    """A barrier: `target` starts only when every one of `sources` has ended."""
+    """A barrier: `target` starts only when every one of `sources` has ended.
+
+    It follows each of them certainly, but where an edge says that it is a candidate: then another
+    source need not run, and the barrier may wait in vain.
+    """
 
     sources: tuple[Name, ...] = Field(min_length=1)
     target: Name
@@ -110,7 +114,8 @@ class Workflow(Message):
             table.setdefault(edge.source, {})[edge.target] = None
         for join in self.joins:
             for source in join.sources:
-                certain.setdefault(source, {})[join.target] = None
+                if join.target not in candidates.get(source, ()):
+                    certain.setdefault(source, {})[join.target] = None
         return {
             path: Successors(
                 tuple(certain.get(path, ())),

@@ -155,7 +155,7 @@ def test_nothing_of_ours_goes_there(fallback: StubEngine, backend: RecordingBack
     assert KEY not in str(request.headers)
     assert request.headers["authorization"] == "Bearer EMPTY"
     assert not [name for name in request.headers if name.startswith("x-maestro")]
-    assert (request.headers["x-team"], request.headers["x-mine"]) == ("blue", "1")
+    assert not {"x-team", "x-mine"} & request.headers.keys(), "they may be Maestro's host's only"
     assert "maestro" not in request.body and request.body["top_k"] == 7
     assert request.body["messages"] == MESSAGES
     assert backend.chats[0][0]["authorization"] == f"Bearer {KEY}"

@@ -25,6 +25,8 @@ from .protocol import ConfigError, MaestroError, Slo
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
+_MISSING: Final[Any] = object()
+
 AGENT_ATTRIBUTE: Final = "__maestro_agent__"
 
 
@@ -36,15 +38,15 @@ class Agent:
     model: str | None = None
 
 
-def agent(*, role: str, model: str | None = None) -> Callable[[F], F]:
+def agent(role: str, *, model: str | None = None) -> Callable[[F], F]:
     """Say which role a node's function plays, and which model it calls where that is fixed.
 
     The decorator only marks the function: the very same object comes back.
 
     Raises:
-        ConfigError: `role` or `model` is empty.
+        ConfigError: `role` or `model` is no word.
     """
-    if not role or model == "":
+    if not _is_name(role) or not (model is None or _is_name(model)):
         raise ConfigError('@agent needs words: @agent(role="planner")')
 
     def mark(function: F) -> F:
@@ -74,7 +76,6 @@ def workflow(
 
 @overload
 def workflow(
-    obj: None = None,
     *,
     name: str | None = None,
     slo: str = "standard",
@@ -85,7 +86,7 @@ def workflow(
 
 
 def workflow(
-    obj: Any = None,
+    obj: Any = _MISSING,
     *,
     name: str | None = None,
     slo: str = "standard",
@@ -104,8 +105,9 @@ def workflow(
         obj: a compiled graph, or a function (plain or async) that returns one, or a context
             manager that yields one.
         name: the workflow's name; by default the graph's own, else the factory's.
-        slo: the service-level class: `interactive`, `standard`, `batch` or the operator's own.
-        deadline: seconds from a run's start to its end; the class caps it.
+        slo: the service-level class: `interactive`, `standard`, `batch` or the operator's own; one
+            that the operator does not know counts as `standard`.
+        deadline: seconds from a run's start to its end; never tighter than its class's.
         roles: role by stage path or node name; wins over `@agent`.
         tenant: on whose account the runs go.
 
@@ -118,8 +120,8 @@ def workflow(
         UnsupportedError: no installed adapter can read `obj`; the message names the extra.
     """
     settings()
-    options = Options(name, read_slo(slo, deadline), dict(roles or {}), tenant)
-    if obj is None:
+    options = read_options(name, slo, deadline, roles, tenant)
+    if obj is _MISSING:
         return lambda decorated: _wrap(decorated, options)
     return _wrap(obj, options)
 
@@ -180,6 +182,33 @@ def _wrap_factory(factory: Callable[..., Any], options: Options) -> Callable[...
         return _wrap(factory(*args, **kwargs), options, default_name)
 
     return make
+
+
+def read_options(
+    name: str | None,
+    slo: str,
+    deadline: float | None,
+    roles: Mapping[str, str] | None,
+    tenant: str | None,
+) -> Options:
+    """The arguments of `workflow()`, checked as far as that goes without a graph.
+
+    Raises:
+        ConfigError: one is wrong; the message names the fix.
+    """
+    for what, value in (("name", name), ("tenant", tenant)):
+        if value is not None and not _is_name(value):
+            raise ConfigError(f"{what}={value!r}: use a word of 1 to 256 characters")
+    given = {} if roles is None else roles
+    if not isinstance(given, Mapping) or not all(map(_is_name, (*given, *given.values()))):
+        raise ConfigError(
+            f'roles={roles!r}: say who plays what, as in roles={{"review": "critic"}}'
+        )
+    return Options(name, read_slo(slo, deadline), dict(given), tenant)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 256
 
 
 def read_slo(name: str, deadline: float | None) -> Slo:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from . import _openai_hook
-from ._adapters import Options, adapters
-from ._decorators import read_slo
+from ._adapters import adapters
+from ._decorators import read_options
 from ._settings import settings
 
 
@@ -22,14 +22,14 @@ def instrument(
 
     Args:
         slo: the service-level class of every run, as in `workflow()`.
-        deadline: seconds from a run's start to its end; the class caps it.
+        deadline: seconds from a run's start to its end; never tighter than its class's.
         tenant: on whose account the runs go.
 
     Raises:
         ConfigError: an argument or a MAESTRO_ variable is wrong; the message names the fix.
     """
     settings()
-    options = Options(None, read_slo(slo, deadline), {}, tenant)
+    options = read_options(None, slo, deadline, None, tenant)
     _openai_hook.install()
     for adapter in adapters():
         adapter.instrument(options)

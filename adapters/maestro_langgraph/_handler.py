@@ -76,6 +76,9 @@ class MaestroHandler(GraphCallbackHandler):
         self._tracker = Tracker(graph.workflow, slo=options.slo, tenant=options.tenant)
         add_finder(_caller_of_context)
 
+    def __deepcopy__(self, memo: object) -> MaestroHandler:
+        return self  # copies of a graph are followed together
+
     @fail_open
     def on_chain_start(
         self,

@@ -130,3 +130,23 @@ def test_the_import_is_light() -> None:
     )
     heavy = {"langchain_core", "langgraph", "openai", "langchain_openai", "httpx", "starlette"}
     assert not heavy & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"roles": "writer"}, {"roles": {"a": 5}}, {"roles": {"a": ""}}, {"name": 5}, {"tenant": ""}],
+)
+def test_arguments_of_the_wrong_kind_are_loud_at_once(framework: Any, wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        workflow(framework.Graph(), **wrong)
+
+
+def test_nothing_is_no_graph() -> None:
+    with pytest.raises(UnsupportedError, match="NoneType"):
+        workflow(None)
+
+
+def test_agent_takes_its_role_as_it_comes() -> None:
+    assert agent_of(agent("planner")(lambda: None)) is not None
+    with pytest.raises(ConfigError, match="@agent needs words"):
+        agent(lambda: None)  # type: ignore[arg-type]  # `@agent` without a role

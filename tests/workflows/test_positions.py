@@ -222,3 +222,24 @@ def test_a_graph_that_says_nothing_of_a_stage_keeps_it_a_jump() -> None:
     story.hang_up("plan", 1.0)
     story.call("elsewhere", 2.0)
     assert story.foreseen() == {}
+
+
+def test_what_a_stage_calls_inside_cannot_come_after_its_end() -> None:
+    host = Workflow(
+        name="host",
+        stages=tuple(Stage(path=path) for path in ("a", "a/inner", "write")),
+        edges=(
+            Edge(source=START, target="a"),
+            Edge(source="a", target="a/inner", candidate=True),
+            Edge(source="a/inner", target="a/inner", candidate=True),
+            Edge(source="a", target="write"),
+            Edge(source="a/inner", target="write"),
+        ),
+    )
+    story = Story(host)
+    story.begin(0)
+    story.enter("a", 1)
+    execute(story, "a/inner", 2)
+    assert "a/inner" in {call.stage for call in story.book.runs["r"].forecast}
+    story.leave("a", 3)
+    assert [call.stage for call in story.book.runs["r"].forecast] == ["write"]

@@ -92,6 +92,9 @@ class Position:
 
         What was a candidate beside `stage`, and has not begun by now, was not chosen.
         """
+        if stage not in self.executing:  # what it calls inside cannot come any more
+            for inside in [s for s in self.pending if s.startswith(f"{stage}/")]:
+                del self.pending[inside]
         cause = self.causes.pop(stage, None)
         for rival in list(self.pending.values()):
             if rival.after == cause and not (rival.certain or rival.stage == stage):

@@ -1,6 +1,7 @@
 """Apps that do what few do: each call still has its stage, and nothing is claimed that is not."""
 
 import asyncio
+from copy import deepcopy
 from threading import Barrier, Thread
 from typing import Annotated, Any, TypedDict
 
@@ -286,3 +287,12 @@ def test_runs_that_begin_at_once_are_all_followed(backend: RecordingBackend) -> 
         maestro_agents.uninstrument()
     assert len(told(backend)) == 6
     assert {head.get("stage") for head in backend.identities()} == {"plan", "write"}
+
+
+def test_a_wrapped_graph_can_be_copied_deeply(backend: RecordingBackend) -> None:
+    llm = model(backend.base_url)
+    graph = workflow(StateGraph(State).add_node("a", asks(llm)).add_edge(START, "a").compile())
+    deepcopy(graph.config)
+    deepcopy(graph.config["callbacks"])
+    graph.invoke({"n": 0})
+    assert backend.stages() == [("a", "0")]

@@ -23,7 +23,7 @@ _OF_THIS_WORKFLOW = {400, 413, 422}
 
 
 class Unreached(Exception):
-    """The backend took nothing: the same may be sent again."""
+    """Nothing was taken, as far as can be told: the same may be sent again."""
 
 
 class Refused(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,8 @@ def _level(
     for source, target in sorted(builder.edges, key=lambda edge: order[edge[1]]):
         plain[source] = (*plain.get(source, ()), target)
     specs = builder.nodes.items()
-    plain |= {name: (END,) for name in _last_nodes(builder, known) if name not in plain}
+    plain |= {name: (END,) for name in _last_nodes(builder, known)}
+    together = [_reached(start, plain) for start in (START, *plain) if builder.waiting_edges]
     return Level(
         prefix=prefix,
         nodes=tuple(builder.nodes),
@@ -127,7 +128,8 @@ def _level(
         called=called,
         plain=plain,
         waiting=tuple(
-            Waiting(sources, target, _together(sources, plain))
+            # If plain edges lead from one place to all sources, then all run if one does.
+            Waiting(sources, target, any({*sources} <= reached for reached in together))
             for sources, target in sorted(builder.waiting_edges)
         ),
         branches={
@@ -147,22 +149,18 @@ def _level(
 
 def _last_nodes(builder: StateGraph[Any, Any, Any, Any], known: Parts) -> Iterator[str]:
     """The nodes after which the graph can only end, though no edge says so."""
-    waited = {source for sources, _ in builder.waiting_edges for source in sources}
+    leading = {source for source, _ in builder.edges}
+    leading |= {source for sources, _ in builder.waiting_edges for source in sources}
     for name, spec in builder.nodes.items():
-        leads_on = spec.ends or builder.branches.get(name) or name in waited
-        leads_on = leads_on or any(source == name for source, _ in builder.edges)
+        leads_on = spec.ends or builder.branches.get(name) or name in leading
         if leads_on or isinstance(spec.runnable, Pregel):
             continue
         if not called_by(spec.runnable, known).routes:
             yield name
 
 
-def _together(sources: Collection[str], plain: Mapping[str, tuple[str, ...]]) -> bool:
-    """Whether plain edges lead from one place to all `sources`: if one runs, then all do."""
-    return any({*sources} <= _reached(start, plain) for start in (START, *plain))
-
-
 def _reached(start: str, plain: Mapping[str, tuple[str, ...]]) -> set[str]:
+    """Where plain edges lead from `start`, itself included."""
     found, agenda = {start}, [start]
     for node in agenda:
         agenda += [target for target in plain.get(node, ()) if target not in found]

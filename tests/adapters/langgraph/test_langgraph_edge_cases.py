@@ -157,6 +157,7 @@ def test_a_run_out_of_steps_ends_failed_and_leaves_nothing(backend: RecordingBac
         graph.invoke({"n": 0}, {"recursion_limit": 3})
     events = the_run(backend)
     assert events[-1]["type"] == "run_ended" and events[-1]["failed"]
+    assert not [f for f in _handler._frames.values() if f.owner is graph.config["callbacks"][0]]
 
 
 # 6 ----------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from ._events import (
     WorkerChanged,
 )
 from ._invariants import InvariantError
-from ._nouns import DeviceInfo, NodeInfo, Residency, WorkerInfo, WorkerState
+from ._nouns import DeviceInfo, DeviceMeasured, NodeInfo, Residency, WorkerInfo, WorkerState
 from ._runs import LIKELY
 from ._scheduler import Scheduler, Settings
 
@@ -59,6 +59,7 @@ __all__ = [
     "CommandApplied",
     "CommandFailed",
     "DeviceInfo",
+    "DeviceMeasured",
     "Dispatch",
     "DropPrefix",
     "Event",

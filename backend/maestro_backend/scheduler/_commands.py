@@ -31,12 +31,16 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class SetResidency:
-    """Bring a model's weights to a tier on a node."""
+    """Bring a model's weights to a tier on a node.
+
+    `kv_limit_bytes` is the KV limit to have there; None leaves it as it is (at a start: the most).
+    """
 
     id: int
     node: str
     model: str
     residency: Residency
+    kv_limit_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +54,21 @@ class SetKvLimit:
 
 @dataclass(frozen=True, slots=True)
 class KeepPrefix:
-    """Hold the KV prefix of a run's stage on a worker for so many seconds."""
+    """Hold the KV blocks of a call that ended on a worker for so many seconds."""
 
     id: int
     worker: str
-    run: str
-    stage: str
+    call: str
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class DropPrefix:
-    """Let go of a kept prefix."""
+    """Let go of the KV blocks that were kept for a call."""
 
     id: int
     worker: str
-    run: str
-    stage: str
+    call: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
 class Residency(StrEnum):
-    """Where a model's weights are."""
+    """Where a model's weights are, from the nearest tier to the farthest."""
 
     DEVICE = "device"
     HOST = "host"
+    """The process lives, its weights are in host memory."""
     PARKED = "parked"
+    """The process lives, its weights are only on the disk."""
     DISK = "disk"
+    """No process; the checkpoint is on the local disk."""
     REMOTE = "remote"
+    """Not even the checkpoint is here."""
 
 
 class WorkerState(StrEnum):
@@ -22,6 +27,12 @@ class WorkerState(StrEnum):
     STOPPED = "stopped"
     STARTING = "starting"
     READY = "ready"
+    SUSPENDING = "suspending"
+    """Its weights are leaving the device."""
+    SUSPENDED = "suspended"
+    """Its process lives without weights on the device; residency says where they are."""
+    RESUMING = "resuming"
+    """Its weights are coming back to the device."""
     RESTARTING = "restarting"
     STOPPING = "stopping"
     FAILED = "failed"
@@ -31,8 +42,12 @@ class WorkerState(StrEnum):
 class WorkerInfo:
     """One worker as its node reports it. Sizes are bytes; `max_inflight` is a number of calls.
 
-    `kv_bytes_per_token` and `kv_limit_bytes` come from the model's geometry and the engine's own
-    block count. `detail` says in words what it is doing or what went wrong.
+    `kv_limit_bytes` is what its KV cache may hold now, between `kv_floor_bytes` (one request of
+    `max_model_len`) and `kv_max_bytes` (what the engine is built with); only an `elastic` worker
+    moves between them. `host_copy_bytes` is what a copy of its weights takes in host memory,
+    `host_bytes` what it holds there now. `tiers` are the residencies it can be brought to, and
+    `activation_s` the learned seconds from each to the device. `detail` says in words what it is
+    doing or what went wrong.
     """
 
     worker: str
@@ -43,8 +58,15 @@ class WorkerInfo:
     residency: Residency
     weights_bytes: int = 0
     kv_limit_bytes: int = 0
+    kv_floor_bytes: int = 0
+    kv_max_bytes: int = 0
     kv_bytes_per_token: int = 1
+    elastic: bool = False
     residual_bytes: int = 0
+    host_copy_bytes: int = 0
+    host_bytes: int = 0
+    tiers: tuple[Residency, ...] = (Residency.DEVICE, Residency.DISK)
+    activation_s: Mapping[Residency, float] = field(default_factory=dict)
     max_inflight: int = 1
     max_model_len: int = 0
     restarts: int = 0
@@ -64,8 +86,17 @@ class DeviceInfo:
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """A node: its devices and all its workers."""
+    """A node: its devices, all its workers, and the budget of weights kept in host memory."""
 
     node: str
     devices: tuple[DeviceInfo, ...]
     workers: tuple[WorkerInfo, ...] = ()
+    host_capacity_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMeasured:
+    """Bytes that the workers of a node take on one of its devices, as measured."""
+
+    device: str
+    used_bytes: int

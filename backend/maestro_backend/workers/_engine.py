@@ -39,7 +39,8 @@ _SETTINGS_OF = {
     "tensor_parallel_size": "tensor_parallel",
     "tool_call_parser": "tool_call_parser",
 }
-_OURS = ("api_key", "host", "port", "scheduling_policy", "uds")
+_OURS = ("api_key", "host", "port", "scheduling_policy", "uds", "worker_extension_cls")
+_EXTENSION = "maestro_backend.workers.vllm_plugin._extension.WorkerExtension"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,7 @@ class _Vllm(ABC):
             "tool_call_parser": settings.tool_call_parser,
             "reasoning_parser": settings.reasoning_parser,
             "disable_uvicorn_access_log": True,
+            "worker_extension_cls": _EXTENSION,
         }
 
     def environment(self, model: ServedModel, devices: Sequence[str]) -> dict[str, str]:

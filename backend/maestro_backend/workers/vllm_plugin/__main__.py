@@ -3,9 +3,9 @@
 import runpy
 import sys
 
-from maestro_backend.workers.vllm_plugin import register
+from maestro_backend.workers.vllm_plugin import join
 
 if __name__ == "__main__":
-    register()
+    join()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

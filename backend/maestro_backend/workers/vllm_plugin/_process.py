@@ -8,16 +8,29 @@ import signal
 import sys
 from importlib import metadata
 
-from maestro_backend._tied import tie_to_parent
+from maestro_backend._tied import PARENT_VARIABLE, tie_to_parent
 
 _BUILT_FOR_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
+LEASE = "MAESTRO_LEASE_S"
+"""Seconds that a server may live without its node agent: it is not tied to it then."""
+
+_SERVER = "MAESTRO_SERVER_PID"
+
+
 @functools.cache
 def join_worker() -> None:
-    """Tie this process, and those it forks, to their parents; hide mismatched torch packages."""
+    """Tie this process, and those it forks, to their parents; hide mismatched torch packages.
+
+    The server of a leased worker outlives its parent, so that another agent can adopt it.
+    """
     hide_mismatched_packages()
-    _die_with_parent()
+    server = os.environ.setdefault(_SERVER, str(os.getpid()))
+    if LEASE in os.environ and server == str(os.getpid()):
+        os.environ.pop(PARENT_VARIABLE, None)
+    else:
+        _die_with_parent()
     # A forked child inherits vLLM's "plugins are loaded" and would never call us again.
     os.register_at_fork(after_in_child=_die_with_parent)
 

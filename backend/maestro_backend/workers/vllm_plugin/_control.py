@@ -1,0 +1,213 @@
+"""What a worker can be told while it runs: residency, KV limit, kept prefixes, lease.
+
+One object in the server process, over vLLM's `AsyncLLM`; `_routes` serves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from contextlib import suppress
+from typing import Any
+
+log = logging.getLogger("vllm.maestro")
+
+TIERS = ("device", "host", "parked")
+_SETTLE_S = 0.1
+_IDLE_SETTLE_S = 1.0
+_LOWEST_PRIORITY = 2**31 - 1
+
+
+class RefusedError(Exception):
+    """It cannot be done; `status` is the HTTP status that says so."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Control:
+    """The worker behind one engine client."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._moving = asyncio.Lock()
+        self._tier = "device"
+        self._block_bytes = 0
+        self._elastic = False
+        self._lease: asyncio.TimerHandle | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Learn the engine's shape, set the first limit and lease."""
+        [self._block_bytes, *_] = await self._workers("maestro_block_bytes")
+        self._elastic = self._block_bytes > 0
+        if limit := os.environ.get("MAESTRO_KV_LIMIT"):
+            await self.limit_kv(int(limit))
+        if lease := os.environ.get("MAESTRO_LEASE_S"):
+            self.renew_lease(float(lease))
+        self._tasks.append(asyncio.create_task(self._settle()))
+
+    # --- what it is -----------------------------------------------------------------------------
+
+    async def state(self) -> dict[str, Any]:
+        """The worker as it is now; sizes in bytes."""
+        blocks = await self._core("maestro_kv")
+        requests = blocks.pop("requests")
+        [memory, *_] = await self._workers("maestro_memory")
+        weights = {name: memory[name] for name in ("device_bytes", "host_bytes", "host_copy_bytes")}
+        return {
+            "residency": self._tier,
+            "tiers": list(TIERS) if weights["host_copy_bytes"] else ["device", "parked"],
+            "elastic": self._elastic,
+            "kv": {**self._kv(blocks), "resident_bytes": memory["kv_resident_bytes"]},
+            "weights": weights,
+            "requests": requests,
+        }
+
+    def _kv(self, blocks: dict[str, int]) -> dict[str, int]:
+        sizes = {f"{kind}_bytes": count * self._block_bytes for kind, count in blocks.items()}
+        return {"block_bytes": self._block_bytes, **sizes}
+
+    async def progress(self) -> list[dict[str, Any]]:
+        """One entry per live call."""
+        entries = await self._core("maestro_progress")
+        for entry in entries:
+            entry["kv_bytes"] = entry.pop("blocks") * self._block_bytes
+        return list(entries)
+
+    # --- weights --------------------------------------------------------------------------------
+
+    async def move(self, tier: str, host_budget_bytes: int | None) -> dict[str, Any]:
+        """Bring the weights to `tier`; calls wait meanwhile.
+
+        Raises:
+            RefusedError: it failed; the worker is where `state` says.
+        """
+        if tier not in TIERS:
+            raise RefusedError(422, f"there is no tier {tier!r} here (tiers: {', '.join(TIERS)})")
+        async with self._moving:
+            started = time.monotonic()
+            freed = await self._move(tier, host_budget_bytes) if tier != self._tier else 0
+            seconds = time.monotonic() - started
+        return {**await self.state(), "seconds": seconds, "freed_bytes": freed}
+
+    async def _move(self, tier: str, host_budget_bytes: int | None) -> int:
+        if tier == "device":
+            self._check(await self._workers("maestro_resume"))
+            self._tier = tier
+            await self._engine.resume_generation()
+            return 0
+        if self._tier == "device":
+            await self._engine.pause_generation(mode="keep", clear_cache=False)
+        try:
+            done = self._check(await self._workers("maestro_suspend", tier, host_budget_bytes))
+            self._tier = tier
+        finally:
+            if self._tier == "device":
+                await self._engine.resume_generation()
+        return sum(answer["freed_bytes"] for answer in done)
+
+    def _check(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for answer in answers:
+            if "error" in answer:
+                raise RefusedError(409, answer["error"])
+        return answers
+
+    async def drop_copy(self) -> None:
+        """Give up the copy in host memory.
+
+        Raises:
+            RefusedError: it is the only one in memory.
+        """
+        async with self._moving:
+            if self._tier == "host":
+                raise RefusedError(409, "the copy is where the weights are: move to parked instead")
+            await self._workers("maestro_drop_copy")
+
+    # --- KV -------------------------------------------------------------------------------------
+
+    async def limit_kv(self, limit_bytes: int) -> dict[str, int]:
+        """Let the KV cache hold so many bytes; a shrink may wait for blocks in use.
+
+        Raises:
+            RefusedError: the engine has one size, or the limit is too small or too large.
+        """
+        if not self._elastic:
+            raise RefusedError(422, "this engine's KV cache has one size")
+        kv = self._kv(await self._core("maestro_kv"))
+        if not kv["floor_bytes"] <= limit_bytes <= kv["built_bytes"]:
+            raise RefusedError(
+                422,
+                f"a KV limit of {limit_bytes} bytes is refused: one request of max_model_len takes"
+                f" {kv['floor_bytes']}, and the cache was built with {kv['built_bytes']}",
+            )
+        blocks = await self._core("maestro_limit_kv", limit_bytes // self._block_bytes)
+        blocks.pop("requests")
+        return self._kv(blocks)
+
+    async def keep(self, call: str, seconds: float) -> int:
+        """Hold the prefix of an ended call; the bytes it takes.
+
+        Raises:
+            RefusedError: the call is unknown, or too little would be left.
+        """
+        answer = await self._core("maestro_keep", call, seconds)
+        if "error" in answer:
+            raise RefusedError(answer["status"], answer["error"])
+        return int(answer["blocks"]) * self._block_bytes
+
+    async def drop(self, call: str) -> None:
+        """Let go of a kept prefix."""
+        await self._core("maestro_drop", call)
+
+    async def warm(self, call: str, messages: list[dict[str, Any]], seconds: float) -> int:
+        """Compute the prefix of a coming call behind everything else, and keep it."""
+        from vllm import SamplingParams
+
+        tokenizer = self._engine.get_tokenizer()
+        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=True)
+        tokens = tokens["input_ids"] if hasattr(tokens, "keys") else tokens
+        generated = self._engine.generate(
+            {"prompt_token_ids": list(tokens)},
+            SamplingParams(max_tokens=1),
+            f"chatcmpl-{call}",
+            priority=_LOWEST_PRIORITY,
+        )
+        async for _ in generated:
+            pass
+        return await self.keep(call, seconds)
+
+    async def _settle(self) -> None:
+        """Follow up on shrinks that wait and on kept prefixes that expire."""
+        while True:
+            with suppress(Exception):  # an engine that died is told by /health
+                blocks = await self._core("maestro_settle")
+                waiting = blocks["held"] > blocks["limit"]
+                await asyncio.sleep(_SETTLE_S if waiting else _IDLE_SETTLE_S)
+                continue
+            await asyncio.sleep(_IDLE_SETTLE_S)
+
+    # --- lease ----------------------------------------------------------------------------------
+
+    def renew_lease(self, seconds: float) -> None:
+        """End this worker unless it is told so again within `seconds`."""
+        if self._lease is not None:
+            self._lease.cancel()
+        self._lease = asyncio.get_running_loop().call_later(seconds, self._expired, seconds)
+
+    def _expired(self, seconds: float) -> None:
+        log.error("no node agent for %g s: this worker ends", seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # --- the engine -----------------------------------------------------------------------------
+
+    async def _core(self, method: str, *arguments: Any) -> Any:
+        return await self._engine.engine_core.call_utility_async(method, *arguments)
+
+    async def _workers(self, method: str, *arguments: Any) -> list[Any]:
+        answers: list[Any] = await self._engine.collective_rpc(method, args=arguments)
+        return answers

@@ -1,0 +1,73 @@
+"""Methods that vLLM adds to its worker class (`--worker-extension-cls`), where weights and KV are.
+
+They are reached by `collective_rpc("maestro_...")`, one call at a time, between model steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _kv_memory
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker: `self.model_runner` is vLLM's."""
+
+    model_runner: Any
+
+    def maestro_memory(self) -> dict[str, int]:
+        """Bytes by kind: `device_bytes` of the weights as measured, `host_bytes` of their copy now,
+        `host_copy_bytes` of a copy if there were one, `kv_resident_bytes` of the KV cache."""
+        weights = self._maestro_weights
+        return {
+            "device_bytes": weights.device_bytes,
+            "host_bytes": weights.host_bytes,
+            "host_copy_bytes": weights.host_copy_bytes,
+            "kv_resident_bytes": _kv_memory.resident_bytes(self.model_runner.kv_caches),
+        }
+
+    def maestro_block_bytes(self) -> int:
+        """Bytes of one KV block; 0 where blocks cannot be given back."""
+        return _kv_memory.block_bytes(self.model_runner.kv_caches)
+
+    def maestro_release_blocks(self, blocks: list[int]) -> None:
+        """Give the memory of these blocks back."""
+        _kv_memory.release(self.model_runner.kv_caches, blocks)
+
+    def maestro_suspend(self, tier: str, host_budget_bytes: int | None) -> dict[str, Any]:
+        """Take the weights off the device, keeping a copy in host memory (`host`) or none.
+
+        `error` tells why a copy cannot be had; the weights stay where they are then.
+        """
+        weights = self._maestro_weights
+        if tier == "host":
+            try:
+                weights.keep_copy(host_budget_bytes)
+            except MemoryError as error:
+                return {"error": str(error)}
+        freed = weights.suspend()
+        if tier == "parked":
+            weights.drop_copy()
+            weights.forget_pages()
+        return {"freed_bytes": freed}
+
+    def maestro_resume(self) -> dict[str, Any]:
+        """Bring the weights back; `error` tells why not, and they are off as before."""
+        try:
+            self._maestro_weights.resume()
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        return {}
+
+    def maestro_drop_copy(self) -> None:
+        """Give up the copy in host memory."""
+        self._maestro_weights.drop_copy()
+
+    @property
+    def _maestro_weights(self) -> Any:
+        kept = getattr(self, "_maestro_weights_kept", None)
+        if kept is None:
+            from ._weights import CpuWeights
+
+            kept = self._maestro_weights_kept = CpuWeights(self.model_runner)
+        return kept

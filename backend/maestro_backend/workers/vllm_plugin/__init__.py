@@ -7,9 +7,16 @@ until then.
 
 import os
 
+from ._kvcached import kvcached_environment, kvcached_refusal
 from ._process import hide_mismatched_packages, join_worker
 
-__all__ = ["hide_mismatched_packages", "join", "register"]
+__all__ = [
+    "hide_mismatched_packages",
+    "join",
+    "kvcached_environment",
+    "kvcached_refusal",
+    "register",
+]
 
 
 def join() -> None:
@@ -23,5 +30,7 @@ def register() -> None:
     join()
     if "MAESTRO_WORKER" in os.environ:
         from ._core import install
+        from ._sleep import register_sleep_backend
 
         install()
+        register_sleep_backend()

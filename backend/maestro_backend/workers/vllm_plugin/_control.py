@@ -15,7 +15,7 @@ from typing import Any
 
 log = logging.getLogger("vllm.maestro")
 
-TIERS = ("device", "host", "parked")
+_TIERS = ("device", "host", "parked")
 _SETTLE_S = 0.1
 _IDLE_SETTLE_S = 1.0
 _LOWEST_PRIORITY = 2**31 - 1
@@ -36,15 +36,11 @@ class Control:
         self._engine = engine
         self._moving = asyncio.Lock()
         self._tier = "device"
-        self._block_bytes = 0
-        self._elastic = False
         self._lease: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Learn the engine's shape, set the first limit and lease."""
-        [self._block_bytes, *_] = await self._workers("maestro_block_bytes")
-        self._elastic = self._block_bytes > 0
+        """Set the first limit and lease, and begin to look after both."""
         if limit := os.environ.get("MAESTRO_KV_LIMIT"):
             await self.limit_kv(int(limit))
         if lease := os.environ.get("MAESTRO_LEASE_S"):
@@ -55,29 +51,20 @@ class Control:
 
     async def state(self) -> dict[str, Any]:
         """The worker as it is now; sizes in bytes."""
-        blocks = await self._core("maestro_kv")
-        requests = blocks.pop("requests")
+        kv = await self._core("maestro_kv")
         [memory, *_] = await self._workers("maestro_memory")
-        weights = {name: memory[name] for name in ("device_bytes", "host_bytes", "host_copy_bytes")}
         return {
             "residency": self._tier,
-            "tiers": list(TIERS) if weights["host_copy_bytes"] else ["device", "parked"],
-            "elastic": self._elastic,
-            "kv": {**self._kv(blocks), "resident_bytes": memory["kv_resident_bytes"]},
-            "weights": weights,
-            "requests": requests,
+            "requests": kv.pop("requests"),
+            "elastic": kv.pop("elastic"),
+            "kv": {**kv, "resident_bytes": memory.pop("kv_resident_bytes")},
+            "tiers": memory.pop("tiers"),
+            "weights": memory,
         }
-
-    def _kv(self, blocks: dict[str, int]) -> dict[str, int]:
-        sizes = {f"{kind}_bytes": count * self._block_bytes for kind, count in blocks.items()}
-        return {"block_bytes": self._block_bytes, **sizes}
 
     async def progress(self) -> list[dict[str, Any]]:
         """One entry per live call."""
-        entries = await self._core("maestro_progress")
-        for entry in entries:
-            entry["kv_bytes"] = entry.pop("blocks") * self._block_bytes
-        return list(entries)
+        return list(await self._core("maestro_progress"))
 
     # --- weights --------------------------------------------------------------------------------
 
@@ -87,8 +74,8 @@ class Control:
         Raises:
             RefusedError: it failed; the worker is where `state` says.
         """
-        if tier not in TIERS:
-            raise RefusedError(422, f"there is no tier {tier!r} here (tiers: {', '.join(TIERS)})")
+        if tier not in _TIERS:
+            raise RefusedError(422, f"there is no tier {tier!r} here (tiers: {', '.join(_TIERS)})")
         async with self._moving:
             started = time.monotonic()
             freed = await self._move(tier, host_budget_bytes) if tier != self._tier else 0
@@ -97,25 +84,30 @@ class Control:
 
     async def _move(self, tier: str, host_budget_bytes: int | None) -> int:
         if tier == "device":
-            self._check(await self._workers("maestro_resume"))
+            self._all_checked(await self._workers("maestro_resume"))
             self._tier = tier
             await self._engine.resume_generation()
             return 0
         if self._tier == "device":
             await self._engine.pause_generation(mode="keep", clear_cache=False)
+            await self._core("maestro_trim")
         try:
-            done = self._check(await self._workers("maestro_suspend", tier, host_budget_bytes))
+            done = self._all_checked(
+                await self._workers("maestro_suspend", tier, host_budget_bytes)
+            )
             self._tier = tier
         finally:
             if self._tier == "device":
                 await self._engine.resume_generation()
         return sum(answer["freed_bytes"] for answer in done)
 
-    def _check(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        for answer in answers:
-            if "error" in answer:
-                raise RefusedError(409, answer["error"])
-        return answers
+    def _all_checked(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [self._checked(answer) for answer in answers]
+
+    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
+        if "error" in answer:
+            raise RefusedError(answer.get("status", 409), answer["error"])
+        return answer
 
     async def drop_copy(self) -> None:
         """Give up the copy in host memory.
@@ -134,20 +126,10 @@ class Control:
         """Let the KV cache hold so many bytes; a shrink may wait for blocks in use.
 
         Raises:
-            RefusedError: the engine has one size, or the limit is too small or too large.
+            RefusedError: the cache has one size, or the limit is too small or too large.
         """
-        if not self._elastic:
-            raise RefusedError(422, "this engine's KV cache has one size")
-        kv = self._kv(await self._core("maestro_kv"))
-        if not kv["floor_bytes"] <= limit_bytes <= kv["built_bytes"]:
-            raise RefusedError(
-                422,
-                f"a KV limit of {limit_bytes} bytes is refused: one request of max_model_len takes"
-                f" {kv['floor_bytes']}, and the cache was built with {kv['built_bytes']}",
-            )
-        blocks = await self._core("maestro_limit_kv", limit_bytes // self._block_bytes)
-        blocks.pop("requests")
-        return self._kv(blocks)
+        answer = self._checked(await self._core("maestro_limit_kv", limit_bytes))
+        return {name: size for name, size in answer.items() if name.endswith("_bytes")}
 
     async def keep(self, call: str, seconds: float) -> int:
         """Hold the prefix of an ended call; the bytes it takes.
@@ -155,10 +137,8 @@ class Control:
         Raises:
             RefusedError: the call is unknown, or too little would be left.
         """
-        answer = await self._core("maestro_keep", call, seconds)
-        if "error" in answer:
-            raise RefusedError(answer["status"], answer["error"])
-        return int(answer["blocks"]) * self._block_bytes
+        answer = self._checked(await self._core("maestro_keep", call, seconds))
+        return int(answer["pinned_bytes"])
 
     async def drop(self, call: str) -> None:
         """Let go of a kept prefix."""
@@ -186,7 +166,7 @@ class Control:
         while True:
             with suppress(Exception):  # an engine that died is told by /health
                 blocks = await self._core("maestro_settle")
-                waiting = blocks["held"] > blocks["limit"]
+                waiting = blocks["held_bytes"] > blocks["limit_bytes"]
                 await asyncio.sleep(_SETTLE_S if waiting else _IDLE_SETTLE_S)
                 continue
             await asyncio.sleep(_IDLE_SETTLE_S)

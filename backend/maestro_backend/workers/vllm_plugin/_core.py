@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from ._blocks import Blocks
+from ._kv import KvCache
 
 _CALL = re.compile(r"(?:\d+_)?(?:chatcmpl|cmpl|resp)[-_](.+?)(?:-\d+)?-[0-9a-f]{8}")
 
@@ -33,6 +34,7 @@ def install() -> None:
         maestro_kv,
         maestro_limit_kv,
         maestro_settle,
+        maestro_trim,
         maestro_progress,
         maestro_keep,
         maestro_drop,
@@ -54,54 +56,53 @@ def _blocks_of(scheduler: Any) -> Blocks:
     return blocks
 
 
-def maestro_kv(self: Any) -> dict[str, int]:
-    """Counts of blocks: built, floor, limit, held, used (by requests), cached, pinned."""
-    blocks = _blocks_of(self.scheduler)
-    pinned = blocks.pinned
-    return {
-        "built": blocks.built,
-        "floor": blocks.floor,
-        "limit": blocks.limit,
-        "held": blocks.held,
-        "used": blocks.held - 1 - blocks.free - pinned,
-        "cached": blocks.cached,
-        "pinned": pinned,
-        "requests": len(self.scheduler.requests),
-    }
+def _kv_of(core: Any) -> KvCache:
+    kv = getattr(core, "_maestro_kv", None)
+    if kv is None:
+        [shape, *_] = core.model_executor.collective_rpc("maestro_kv_shape")
+        kv = core._maestro_kv = KvCache(core, _blocks_of(core.scheduler), **shape)
+    return kv
 
 
-def maestro_limit_kv(self: Any, limit: int) -> dict[str, int]:
-    """Set the limit in blocks; memory of blocks that are free goes back at once."""
-    _release(self, _blocks_of(self.scheduler).set_limit(limit))
+def maestro_kv(self: Any) -> dict[str, Any]:
+    """Sizes of the KV cache in bytes, and the number of live requests."""
+    return {**_kv_of(self).state(), "requests": len(self.scheduler.requests)}
+
+
+def maestro_limit_kv(self: Any, limit_bytes: int) -> dict[str, Any]:
+    """Set the limit; `error` tells why not."""
+    try:
+        _kv_of(self).set_limit(limit_bytes)
+    except ValueError as error:
+        return {"error": str(error), "status": 422}
     return maestro_kv(self)
 
 
-def maestro_settle(self: Any) -> dict[str, int]:
-    """What time brings: kept prefixes expire, a waiting shrink takes what became free."""
-    blocks = _blocks_of(self.scheduler)
-    blocks.expire()
-    _release(self, blocks.enforce())
+def maestro_settle(self: Any) -> dict[str, Any]:
+    """What time brings to limit and kept prefixes."""
+    _kv_of(self).settle()
     return maestro_kv(self)
 
 
-def _release(core: Any, blocks: list[int]) -> None:
-    """In one go with the change: a block that is given back meanwhile must not be wiped."""
-    if blocks:
-        core.model_executor.collective_rpc("maestro_release_blocks", args=(blocks,))
+def maestro_trim(self: Any) -> None:
+    """Give back KV memory that is mapped and unused."""
+    _kv_of(self).trim()
 
 
 def maestro_progress(self: Any) -> list[dict[str, Any]]:
-    """One entry per live request: tokens computed (of the prompt too) and generated, blocks."""
-    return [_progress(self.scheduler, request) for request in self.scheduler.requests.values()]
+    """One entry per live request: tokens computed (of the prompt too) and generated, KV bytes."""
+    size = _kv_of(self).block_bytes
+    requests = self.scheduler.requests.values()
+    return [_progress(self.scheduler, request, size) for request in requests]
 
 
-def _progress(scheduler: Any, request: Any) -> dict[str, Any]:
+def _progress(scheduler: Any, request: Any, block_bytes: int) -> dict[str, Any]:
     groups = scheduler.kv_cache_manager.get_block_ids(request.request_id)
     return {
         "call": call_of(request.request_id),
         "computed_tokens": request.num_computed_tokens,
         "generated_tokens": request.num_output_tokens,
-        "blocks": sum(map(len, groups)),
+        "kv_bytes": sum(map(len, groups)) * block_bytes,
         "running": request.status.name == "RUNNING",
     }
 
@@ -109,7 +110,8 @@ def _progress(scheduler: Any, request: Any) -> dict[str, Any]:
 def maestro_keep(self: Any, call: str, seconds: float) -> dict[str, Any]:
     """Hold an ended call's prefix; `error` where it is unknown or would leave too little."""
     try:
-        return {"blocks": _blocks_of(self.scheduler).keep(call, seconds)}
+        kv = _kv_of(self)
+        return {"pinned_bytes": kv.blocks.keep(call, seconds) * kv.block_bytes}
     except KeyError:
         return {"error": f"no call {call!r} ended here lately", "status": 404}
     except ValueError as error:

@@ -14,21 +14,27 @@ class WorkerExtension:
     """Mixed into vLLM's worker: `self.model_runner` is vLLM's."""
 
     model_runner: Any
+    device: Any
 
-    def maestro_memory(self) -> dict[str, int]:
+    def maestro_memory(self) -> dict[str, Any]:
         """Bytes by kind: `device_bytes` of the weights as measured, `host_bytes` of their copy now,
         `host_copy_bytes` of a copy if there were one, `kv_resident_bytes` of the KV cache."""
         weights = self._maestro_weights
         return {
+            "tiers": weights.tiers,
             "device_bytes": weights.device_bytes,
             "host_bytes": weights.host_bytes,
             "host_copy_bytes": weights.host_copy_bytes,
             "kv_resident_bytes": _kv_memory.resident_bytes(self.model_runner.kv_caches),
         }
 
-    def maestro_block_bytes(self) -> int:
-        """Bytes of one KV block; 0 where blocks cannot be given back."""
-        return _kv_memory.block_bytes(self.model_runner.kv_caches)
+    def maestro_kv_shape(self) -> dict[str, Any]:
+        """Bytes of the whole KV cache, and whether single blocks of it can be given back."""
+        caches = self.model_runner.kv_caches
+        return {
+            "total_bytes": _kv_memory.total_bytes(caches),
+            "releasable": _kv_memory.is_releasable(caches),
+        }
 
     def maestro_release_blocks(self, blocks: list[int]) -> None:
         """Give the memory of these blocks back."""
@@ -45,7 +51,10 @@ class WorkerExtension:
                 weights.keep_copy(host_budget_bytes)
             except MemoryError as error:
                 return {"error": str(error)}
-        freed = weights.suspend()
+        try:
+            freed = weights.suspend()
+        except RuntimeError as error:  # on a GPU: everything is back where it was
+            return {"error": str(error)}
         if tier == "parked":
             weights.drop_copy()
             weights.forget_pages()
@@ -67,7 +76,14 @@ class WorkerExtension:
     def _maestro_weights(self) -> Any:
         kept = getattr(self, "_maestro_weights_kept", None)
         if kept is None:
+            kept = self._maestro_weights_kept = self._maestro_make_weights()
+        return kept
+
+    def _maestro_make_weights(self) -> Any:
+        if self.device.type == "cpu":
             from ._weights import CpuWeights
 
-            kept = self._maestro_weights_kept = CpuWeights(self.model_runner)
-        return kept
+            return CpuWeights(self.model_runner)
+        from ._sleep import GpuWeights
+
+        return GpuWeights(self)

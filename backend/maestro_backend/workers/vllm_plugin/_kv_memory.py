@@ -16,13 +16,15 @@ from typing import Any
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def block_bytes(caches: list[Any]) -> int:
-    """Bytes of one block over all layers; 0 where blocks are not contiguous and cannot go back."""
-    if not caches or any(cache.device.type != "cpu" for cache in caches):
-        return 0
-    if not all(cache[0].is_contiguous() for cache in caches):
-        return 0
-    return sum(_stride_bytes(cache) for cache in caches)
+def total_bytes(caches: list[Any]) -> int:
+    """Bytes of the whole cache."""
+    return sum(size for _, size in _buffers(caches))
+
+
+def is_releasable(caches: list[Any]) -> bool:
+    """Whether blocks are contiguous memory of this process."""
+    on_cpu = all(cache.device.type == "cpu" for cache in caches)
+    return bool(caches) and on_cpu and all(cache[0].is_contiguous() for cache in caches)
 
 
 def release(caches: list[Any], blocks: list[int]) -> None:
@@ -39,12 +41,15 @@ def release(caches: list[Any], blocks: list[int]) -> None:
 
 def resident_bytes(caches: list[Any]) -> int:
     """Bytes of the cache that take memory now, by the kernel's count (`mincore`); 0 on a GPU."""
-    buffers = {}
-    for cache in caches:
-        if cache.device.type == "cpu":
-            storage = cache.untyped_storage()
-            buffers[storage.data_ptr()] = storage.nbytes()
-    return sum(_resident(start, size) for start, size in buffers.items())
+    if any(cache.device.type != "cpu" for cache in caches):
+        return 0
+    return sum(_resident(start, size) for start, size in _buffers(caches))
+
+
+def _buffers(caches: list[Any]) -> Iterator[tuple[int, int]]:
+    """Address and bytes of the memory behind the layers; layers may share it."""
+    storages = (cache.untyped_storage() for cache in caches)
+    yield from {storage.data_ptr(): storage.nbytes() for storage in storages}.items()
 
 
 def _resident(start: int, size: int) -> int:

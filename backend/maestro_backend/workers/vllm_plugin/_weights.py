@@ -73,6 +73,12 @@ class CpuWeights:
         self._freed = 0
         self.on_device = True
         _trim()
+        gc.freeze()  # what is here stays: later collections need not look at it again
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Where these weights can be while the process lives."""
+        return ("device", "host", "parked") if self.host_copy_bytes else ("device", "parked")
 
     @property
     def device_bytes(self) -> int:

@@ -1,0 +1,238 @@
+"""The door to weights on a GPU: our sleep backend by name, and the weights of one vLLM worker.
+
+Imports nothing of vLLM or torch until it is used. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+BACKEND = "maestro"
+"""The name of our backend in vLLM's registry (`ModelConfig.sleep_mode_backend`)."""
+
+_WRITERS = (
+    "load_model",
+    "reload_weights",
+    "update_weights",
+    "finish_weight_update",
+    "elastic_ep_execute",
+)
+"""Methods of vLLM's GPU worker that write into the weights."""
+
+
+def register_sleep_backend() -> bool:
+    """Add our backend to vLLM's registry; False where this vLLM has none. Cheap to repeat."""
+    try:
+        from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+    except ImportError:
+        return False
+    with contextlib.suppress(ValueError):  # registered before, by this process
+        SleepModeBackendFactory.register_backend(BACKEND, f"{__package__}._cumem", "SleepBackend")
+    return True
+
+
+def missing_internals() -> str:
+    """What our backend uses of vLLM's allocator and this vLLM does not have; "" where all is.
+
+    Checked on the code that is loaded, so it tells of any version.
+    """
+    from vllm.device_allocator import cumem
+
+    if not cumem.cumem_available:
+        return "vLLM was built without its sleep allocator"
+    for wrong, text in _differences(cumem):
+        if wrong:
+            return text
+    return ""
+
+
+def _differences(cumem: Any) -> Iterator[tuple[bool, str]]:
+    for name in ("create_and_map", "unmap_and_release"):
+        takes = list(inspect.signature(getattr(cumem, name, lambda: None)).parameters)
+        yield takes != ["allocation_handle"], f"{name} takes {takes}, not [allocation_handle]"
+    data = getattr(cumem, "AllocationData", None)
+    fields = {f.name for f in dataclasses.fields(data)} if data else set()
+    yield not {"handle", "tag", "is_asleep"} <= fields, f"AllocationData has {sorted(fields)}"
+    allocator = cumem.CuMemAllocator.get_instance()
+    pointers = getattr(allocator, "pointer_to_data", None)
+    yield not isinstance(pointers, dict), "CuMemAllocator has no pointer_to_data"
+    runtime = getattr(cumem.libcudart, "lib", None)
+    for name in ("cudaMemcpyAsync", "cudaHostRegister", "cudaHostUnregister"):
+        yield not hasattr(runtime, name), f"the CUDA runtime has no {name}"
+    yield not hasattr(cumem.libcudart, "CUDART_CHECK"), "CudaRTLibrary has no CUDART_CHECK"
+
+
+class GpuWeights:
+    """The weights of one vLLM GPU worker: on the device, in a pinned copy, or only on the disk.
+
+    The model must be paused around `suspend` .. `resume`. vLLM's own `Worker.sleep` is not used:
+    it fails when a neighbour takes memory in the same moment, and its caller drops the KV cache.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        config = worker.vllm_config
+        register_sleep_backend()
+        if config.model_config.sleep_mode_backend == "cumem":
+            config.model_config.sleep_mode_backend = BACKEND  # vLLM resolves it at first use
+        self._worker = worker
+        self._backend = worker.sleep_mode_backend
+        self._parked = False
+        self._buffers: dict[tuple[str, str], Any] = {}
+        # Adapters and moved experts are written into the weights' memory without any call of ours.
+        self._changing = bool(config.lora_config or config.parallel_config.enable_eplb)
+        if self.tiers != ("device",):
+            _drop_copy_after_writes(worker, self._backend)
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Where the weights of this worker can be while its process lives."""
+        if getattr(self._backend, "keeps_kv", False) and self.device_bytes:
+            return ("device", "host", "parked")
+        return ("device",)
+
+    @property
+    def on_device(self) -> bool:
+        return not self._backend.weights_away
+
+    @property
+    def device_bytes(self) -> int:
+        """What the weights take on the device, or took, in this process."""
+        return int(self._backend.device_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        """What the host copy holds now."""
+        return int(self._backend.host_bytes)
+
+    @property
+    def host_copy_bytes(self) -> int:
+        """What a host copy takes."""
+        return int(self._backend.host_copy_bytes)
+
+    def keep_copy(self, budget_bytes: int | None) -> None:
+        """Copy the weights into pinned host memory, unless they are there.
+
+        Raises:
+            MemoryError: over the budget, or there is no memory; nothing was changed.
+        """
+        if self._parked:
+            raise MemoryError("parked weights cannot be read into host memory: resume them first")
+        self._backend.set_host_budget(budget_bytes)
+        self._backend.keep_host_copy()
+
+    def drop_copy(self) -> None:
+        """Give the host memory back; suspended weights are parked from then on."""
+        if not self.on_device and not self._parked:
+            self._park()
+        self._backend.drop_host_copy()
+
+    def suspend(self) -> int:
+        """Take the weights off the device; the bytes freed.
+
+        They are parked unless `keep_copy` came first.
+
+        Raises:
+            RuntimeError: this vLLM's weights cannot leave the device alone.
+        """
+        if self.tiers == ("device",):
+            raise RuntimeError(
+                "the weights of this worker cannot leave the device: it needs vLLM's sleep mode"
+                " (--enable-sleep-mode) and a version whose allocator is known (docs/gpu.md)"
+            )
+        if not self.on_device:
+            return 0
+        if not self.host_bytes:
+            self._park()
+        try:
+            return int(self._backend.suspend(2 if self._parked else 1))
+        except BaseException:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        """Bring the weights back; on a failure they are off the device as before."""
+        if not self.on_device:
+            self._backend.resume(["weights"])
+        if self._parked:
+            self._reload()
+        elif self._changing:
+            self._backend.drop_host_copy()
+
+    def forget_pages(self) -> None:
+        """Nothing: the checkpoint's page cache is no memory that anybody else is kept from."""
+
+    def _reload(self) -> None:
+        """Buffers first, then weights from the checkpoint: in the order that vLLM documents."""
+        try:
+            for key, buffer in self._named_buffers():
+                if key in self._buffers:
+                    buffer.data.copy_(self._buffers[key])
+            self._worker.reload_weights()
+        except BaseException:
+            self._abandon_reload()
+            self._backend.suspend(2)
+            raise
+        self._buffers, self._parked = {}, False
+        self._backend.trim()
+
+    def _abandon_reload(self) -> None:
+        """Take vLLM out of a reload that broke off: its layers get their own tensors back."""
+        config = self._worker.vllm_config
+        with contextlib.suppress(Exception):  # what it makes of half the weights is let go of next
+            from vllm.config import set_current_vllm_config
+            from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+            with set_current_vllm_config(config):
+                finalize_layerwise_reload(self._worker.get_model(), config.model_config)
+
+    def _park(self) -> None:
+        """Keep what no checkpoint has: tensors that are not parameters, as vLLM's level 2 does."""
+        self._buffers = {key: self._saved(buffer) for key, buffer in self._named_buffers()}
+        self._parked = True
+
+    def _saved(self, buffer: Any) -> Any:
+        storage = buffer.untyped_storage()
+        copied = None
+        if not self.on_device and storage.nbytes():
+            copied = self._backend.copied(storage.data_ptr(), storage.nbytes())
+        if copied is None:
+            return buffer.cpu().clone()
+        import torch
+
+        flat = torch.frombuffer(bytearray(copied), dtype=buffer.dtype)
+        return flat.as_strided(buffer.size(), buffer.stride(), buffer.storage_offset())
+
+    def _named_buffers(self) -> Iterator[tuple[tuple[str, str], Any]]:
+        draft = self._worker.get_draft_model()
+        models = {"model": self._worker.get_model(), **({"draft": draft} if draft else {})}
+        for which, model in models.items():
+            for name, buffer in model.named_buffers():
+                yield (which, name), buffer
+
+
+def _drop_copy_after_writes(worker: Any, backend: Any) -> None:
+    """The copy is stale once a method of vLLM's has written new weights."""
+
+    def drop() -> None:
+        if not backend.weights_away:  # a write that could not be: the copy is all there is
+            backend.drop_host_copy()
+
+    for name in _WRITERS:
+        if hasattr(worker, name):
+            setattr(worker, name, _then(getattr(worker, name), drop))
+
+
+def _then(method: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        finally:
+            after()
+
+    return called

@@ -13,12 +13,16 @@ import sys
 PARENT_VARIABLE = "MAESTRO_PARENT"
 """Process id of the starter: lets a child notice that it was orphaned before it was tied."""
 
+LEASE_VARIABLE = "MAESTRO_LEASE_S"
+"""Seconds that a child may live without being told that it is wanted: then it is not tied."""
+
 _PR_SET_PDEATHSIG = 1
 
 
 def tied_environment() -> dict[str, str]:
     """This process's environment for a child that will call `tie_to_parent`."""
-    return {**os.environ, PARENT_VARIABLE: str(os.getpid())}
+    inherited = {name: value for name, value in os.environ.items() if name != LEASE_VARIABLE}
+    return {**inherited, PARENT_VARIABLE: str(os.getpid())}
 
 
 def tie_to_parent(signum: int = signal.SIGTERM) -> None:
@@ -37,11 +41,14 @@ def tie_to_parent(signum: int = signal.SIGTERM) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Tie, then become CMD."""
+    """Tie, unless it has a lease, then become CMD."""
     if not argv:
         sys.stderr.write("usage: python -m maestro_backend._tied CMD...\n")
         return 2
-    tie_to_parent()
+    if LEASE_VARIABLE in os.environ:
+        os.environ.pop(PARENT_VARIABLE, None)
+    else:
+        tie_to_parent()
     try:
         os.execvp(argv[0], argv)
     except OSError as error:

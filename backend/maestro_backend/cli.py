@@ -17,6 +17,7 @@ import httpx
 import uvloop
 
 from maestro_agents.protocol import ConfigError, MaestroError
+from maestro_backend import bench
 from maestro_backend.config import Config
 from maestro_backend.defaults import default_config, default_engine, with_engine
 from maestro_backend.gateway import Feed, serving
@@ -68,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--url", help="default: $MAESTRO_BASE_URL or http://127.0.0.1:8000/v1")
     status.set_defaults(run=_status)
 
+    measure = commands.add_parser("bench", help="measure the node level on real engines")
+    bench.add_arguments(measure)
+    measure.set_defaults(run=lambda options: bench.run_bench(options, run_until_signal))
+
     again = commands.add_parser("replay", help="check a recording against this version's decisions")
     again.add_argument("file", type=Path)
     again.set_defaults(run=_replay)
@@ -89,7 +94,7 @@ async def _serve_until(config: Config, options: argparse.Namespace, stop: asynci
     port = config.listen.port if port is None else port
     key = os.environ.get("MAESTRO_API_KEY")
     async with (
-        LocalNode(config) as node,
+        LocalNode(config, tied=False) as node,
         serving(
             config, node, host=host, port=port, api_key=key, recording=options.record
         ) as served,

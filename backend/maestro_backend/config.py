@@ -39,8 +39,10 @@ _SIZE_UNITS = {
 _TIME_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 
-SOURCE_SCHEMES = ("hub", "package", "random")
-"""`hub:org/name`, `package:name`, `random:tiny-llama`; anything else is a folder."""
+SOURCE_SCHEMES = ("hub", "package", "random", "https", "http", "file")
+"""`hub:org/name`, `package:name`, `random:tiny-llama`, `https://host/folder` (http too),
+`file:///folder`; anything else is a local folder.
+"""
 
 
 def parse_size(value: object) -> object:
@@ -122,8 +124,9 @@ class ModelConfig(_Section):
     `tensor_parallel` above 1 is not supported yet: real engines refuse it.
 
     `source`: a folder (relative to the config file), `hub:org/name`, `package:name` (a GGUF inside
-    a Python package) or `random:tiny-llama`. None of the optional fields means the engine's
-    default. `engine_args` go to the engine's command line as they are.
+    a Python package), `random:tiny-llama`, or a folder elsewhere, which is fetched into the disk
+    cache: `https://host/folder`, `http://...`, `file:///share/folder`. None of the optional fields
+    means the engine's default. `engine_args` go to the engine's command line as they are.
     """
 
     source: Annotated[str, Field(min_length=1)]
@@ -148,21 +151,24 @@ class ModelConfig(_Section):
         scheme, colon, rest = source.partition(":")
         if not colon:
             return str(_from_base(Path(source), info))
-        if scheme not in SOURCE_SCHEMES or not rest:
+        address = {"https": r"//[^/?#]+[^?#]*", "http": r"//[^/?#]+[^?#]*", "file": r"///.+"}
+        if scheme not in SOURCE_SCHEMES or not re.fullmatch(address.get(scheme, ".+"), rest):
             raise PydanticCustomError(
                 "source",
-                "{source} is neither a folder nor one of hub:…, package:…, random:…",
-                {"source": repr(source)},
+                "{source} is neither a folder nor one of hub:…, package:…, random:…,"
+                " https://host/folder, file:///folder",
+                {"source": repr(re.sub("//.*@", "//***@", source))},
             )
         return source
 
 
 class NodeConfig(_Section):
-    """A host. `memory` is the budget of each device in bytes, None for what is found there.
+    """A host. `memory` is the budget of each device in bytes, `host_memory` that of weights put
+    aside in host memory; None for a part of what is found there.
 
     No `devices` means: the GPUs, or the CPU where there are none. `disk_cache` holds fetched and
-    converted models. `host_memory`, the budget in bytes of weights put aside in host memory, is not
-    used yet.
+    converted models, up to `disk_cache_size` bytes (None: as far as the disk goes). After a crash
+    of the node agent its workers live on for `lease` seconds, until another agent adopts them.
     """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[^/\s]+$")] = Field(
@@ -172,6 +178,8 @@ class NodeConfig(_Section):
     memory: Size | None = None
     host_memory: Size | None = None
     disk_cache: LocalPath | None = None
+    disk_cache_size: Size | None = None
+    lease: Seconds = 600.0
 
     @field_validator("devices")
     @classmethod
@@ -261,17 +269,11 @@ class Config(_Section):
 
     def unused(self) -> tuple[str, ...]:
         """One line for each setting that is given and does nothing yet."""
-        host_memory = (
-            f"nodes.{i}.host_memory is not used yet: models that make room go back to disk"
-            for i, node in enumerate(self.nodes)
-            if node.host_memory is not None
-        )
-        weights = (
+        return tuple(
             f"tenants.{name}.weight is not used yet: every tenant is served alike"
             for name, tenant in self.tenants.items()
             if tenant.weight != 1
         )
-        return (*host_memory, *weights)
 
     @classmethod
     def parse(cls, raw: object, base: Path | None = None) -> Config:

@@ -8,16 +8,21 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from math import inf
+from typing import TypeVar
 
 from maestro_agents.protocol import ConfigError
 
 from ._app import App
 from ._engine import Engine, Settings
 from ._latency import Latency
+from ._lease import Lease
 from ._server import listen, make_server
 
 _PR_SET_PDEATHSIG = 1
+
+T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +39,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    app = App(Engine(_settings(options)))
+    app = App(
+        Engine(_settings(options)),
+        Lease(_from_environment("MAESTRO_LEASE_S", float)),
+        control=options.control,
+    )
     server = make_server(app, log_level="warning")
 
     def stop(*_: object) -> None:
@@ -69,6 +78,13 @@ def _settings(options: argparse.Namespace) -> Settings:
         max_model_len=options.max_model_len,
         kv_blocks=options.kv_blocks,
         block_size=options.block_size,
+        kv_bytes_per_token=options.kv_bytes_per_token,
+        kv_limit_bytes=_from_environment("MAESTRO_KV_LIMIT", int),
+        elastic=options.elastic,
+        weights_bytes=options.weights_bytes,
+        suspend_s=options.suspend_s,
+        resume_s=options.resume_s,
+        fail_resume=options.fail_resume,
         auto_tools=options.auto_tools,
     )
 
@@ -84,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-model-len", type=int, default=default.max_model_len)
     parser.add_argument("--kv-blocks", type=int, default=default.kv_blocks)
     parser.add_argument("--block-size", type=int, default=default.block_size)
+    parser.add_argument("--kv-bytes-per-token", type=int, default=default.kv_bytes_per_token)
     parser.add_argument("--prefill-tokens-s", type=float, default=inf)
     parser.add_argument("--decode-tokens-s", type=float, default=inf)
     parser.add_argument("--batch-slowdown", type=float, default=0.0)
@@ -93,7 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--auto-tools", action="store_true", help="call offered tools unforced")
     parser.add_argument("--startup-delay-s", type=float, default=0.0)
+    worker = parser.add_argument_group("as a Maestro worker")
+    either = argparse.BooleanOptionalAction
+    worker.add_argument("--control", action=either, default=True, help="serve its control API")
+    worker.add_argument("--elastic", action=either, default=True, help="its KV limit moves")
+    worker.add_argument("--weights-bytes", type=int, default=0, help="really taken of memory")
+    worker.add_argument("--suspend-s", type=float, default=0.0)
+    worker.add_argument("--resume-s", type=float, default=0.0)
+    worker.add_argument("--fail-resume", type=int, default=0, help="so many first resumes fail")
     return parser
+
+
+def _from_environment(name: str, kind: Callable[[str], T]) -> T | None:
+    """Errors are the starter's: they are told as Python tells them."""
+    value = os.environ.get(name)
+    return None if value is None else kind(value)
 
 
 def _die_with_parent() -> None:

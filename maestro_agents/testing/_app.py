@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import asdict
 from typing import Any
+from uuid import uuid4
 
 from ._call import Body, Call, parse_chat, parse_completion
+from ._control import Control
 from ._engine import ConnectionDropped, Engine, RecordedRequest
-from ._errors import ApiError
+from ._errors import ApiError, RefusedError
 from ._faults import Fault
+from ._lease import Lease
 from ._metrics import metrics_text
 from ._reply import compose
 from ._wire import Wire
@@ -27,10 +30,13 @@ _EVENTS = b"text/event-stream; charset=utf-8"
 
 
 class App:
-    """The ASGI application over one `Engine`."""
+    """The ASGI application over one `Engine`. `lease` is the watchdog of its process; `control`
+    False leaves out the control API of a worker, as other servers do."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, lease: Lease | None = None, *, control: bool = True) -> None:
         self.engine = engine
+        self._control = Control(engine, lease).routes if control else {}
+        self._controlling: set[asyncio.Task[Body]] = set()
         self._in_flight: set[Receive] = set()
         self._routes = {
             "/v1/chat/completions": ("POST", self._complete),
@@ -46,6 +52,10 @@ class App:
         if scope["type"] != "http":
             return
         try:
+            if (asked := self._control.get((scope["method"], scope["path"]))) is not None:
+                body = await _read_json(receive) if scope["method"] == "POST" else {}
+                await self._controlled(asked(body), send)
+                return
             method, handler = self._routes.get(scope["path"], ("", None))
             if handler is None:
                 raise ApiError(404, f"There is no {scope['path']}.")
@@ -58,9 +68,26 @@ class App:
             _cut(receive)
 
     def cut_all(self) -> None:
-        """Cut the connection of every request in flight."""
+        """Cut the connection of every request in flight, and give up what the control API does."""
         for receive in list(self._in_flight):
             _cut(receive)
+        for work in self._controlling:
+            work.cancel()
+
+    async def _controlled(self, asked: Coroutine[Any, Any, Body], send: Send) -> None:
+        """A move goes on when the one who asked for it has gone."""
+        work = asyncio.create_task(asked)
+        self._controlling.add(work)
+        try:
+            await asyncio.wait({work})
+        finally:
+            self._controlling.discard(work)
+        if work.cancelled():
+            raise RefusedError(503, "the worker ends")
+        try:
+            await _send_whole(send, json.dumps(work.result()).encode())
+        except (KeyError, TypeError, ValueError) as error:
+            raise RefusedError(400, f"malformed body: {error!r}") from None
 
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read_json(receive)
@@ -73,7 +100,8 @@ class App:
             call = parse_chat(body, settings.models, settings.auto_tools)
         call = self.engine.checked(call)
         fault = self.engine.next_fault()
-        await self._watched(receive, _Answer(self.engine, call, fault, send))
+        name = headers.get("x-request-id") or uuid4().hex
+        await self._watched(receive, _Answer(self.engine, call, fault, send, name))
 
     async def _watched(self, receive: Receive, answer: _Answer) -> None:
         """Answer until done, or until the client has gone."""
@@ -119,22 +147,26 @@ class App:
 class _Answer:
     """One call being answered. `computed` turns True before the last byte is sent."""
 
-    def __init__(self, engine: Engine, call: Call, fault: Fault | None, send: Send) -> None:
+    def __init__(
+        self, engine: Engine, call: Call, fault: Fault | None, send: Send, name: str
+    ) -> None:
         self._engine = engine
         self._call = call
         self._fault = fault
         self._send = send
+        self._name = name
         settings = engine.settings
         self._replies = compose(call, settings.output_tokens, settings.reasoning_tokens)
         self._wire = Wire(call, self._replies, reasons=settings.reasoning_tokens is not None)
         self.computed = False
 
     async def run(self) -> None:
-        async with self._engine.slots.taken(self._call.priority):
+        computing = self._engine.computing(self._call, self._replies, self._name, self._fault)
+        async with computing as steps:
             if self._call.stream:
-                await self._stream()
+                await self._stream(steps)
             else:
-                async for _ in self._engine.steps(self._call, self._replies, self._fault):
+                async for _ in steps:
                     pass
             for reply in self._replies:
                 self._engine.finished[reply.finish] += 1
@@ -144,9 +176,9 @@ class _Answer:
         else:
             await _send_whole(self._send, self._wire.whole())
 
-    async def _stream(self) -> None:
+    async def _stream(self, steps: AsyncIterator[int]) -> None:
         pending: Message = _start(200, [(b"content-type", _EVENTS)])
-        async for at in self._engine.steps(self._call, self._replies, self._fault):
+        async for at in steps:
             if at == 0:
                 await self._send(pending)
                 await self._send(_part(self._wire.opening() + self._wire.step(at), more=True))

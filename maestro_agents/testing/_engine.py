@@ -6,14 +6,17 @@ import asyncio
 import os
 from collections import Counter, deque
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from ._call import Body, Call
 from ._errors import ApiError
 from ._faults import Fault
+from ._kv import KvCache, LiveCall
 from ._latency import Latency
 from ._reply import OutputTokens, ReasoningTokens, Reply
 from ._slots import Slots
+from ._weights import Weights
 
 _KEPT_REQUESTS = 10_000
 _NEVER = 1 << 62
@@ -22,7 +25,11 @@ _YIELD_EVERY = 16
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a stub serves and how. The size of the KV cache is only reported."""
+    """What a stub serves and how.
+
+    `suspend_s` and `resume_s` are how long its weights take from the device and back to it; the
+    first `fail_resume` ways back fail.
+    """
 
     models: tuple[str, ...] = ("stub",)
     latency: Latency = field(default_factory=Latency)
@@ -32,6 +39,13 @@ class Settings:
     max_model_len: int = 32_768
     kv_blocks: int = 4096
     block_size: int = 16
+    kv_bytes_per_token: int = 1024
+    kv_limit_bytes: int | None = None
+    elastic: bool = True
+    weights_bytes: int = 0
+    suspend_s: float = 0.0
+    resume_s: float = 0.0
+    fail_resume: int = 0
     auto_tools: bool = False
 
 
@@ -62,6 +76,14 @@ class Engine:
         self.open = asyncio.Event()
         """While it is not set, nothing is computed."""
         self.open.set()
+        self.resident = asyncio.Event()
+        """While it is not set, the weights are not on the device: nothing is computed either."""
+        self.resident.set()
+        self.weights = Weights(settings.weights_bytes)
+        self.kv = KvCache(settings.kv_blocks, settings.block_size, settings.max_model_len)
+        if settings.kv_limit_bytes is not None:
+            block_bytes = settings.block_size * settings.kv_bytes_per_token
+            self.kv.set_limit(settings.kv_limit_bytes // block_bytes)
 
     def checked(self, call: Call) -> Call:
         """Refuse what does not fit the context, as vLLM does."""
@@ -83,8 +105,20 @@ class Engine:
             raise ApiError(fault.status, "planned fault", code="planned_fault")
         return fault
 
-    async def steps(
-        self, call: Call, replies: list[Reply], fault: Fault | None
+    @asynccontextmanager
+    async def computing(
+        self, call: Call, replies: list[Reply], name: str, fault: Fault | None
+    ) -> AsyncIterator[AsyncIterator[int]]:
+        """The decode steps of a call that is known as `name`, once it has a slot and blocks."""
+        longest = call.prompt_tokens + sum(len(reply.tokens) for reply in replies)
+        live = LiveCall(name, longest)
+        with self.kv.registered(live):
+            async with self.slots.taken(call.priority):
+                await self.kv.admit(live)
+                yield self._steps(call, replies, fault, live)
+
+    async def _steps(
+        self, call: Call, replies: list[Reply], fault: Fault | None, live: LiveCall
     ) -> AsyncIterator[int]:
         """Yield 0, 1, 2 ... as each decode step of all choices is done."""
         loop, latency = asyncio.get_running_loop(), self.settings.latency
@@ -98,13 +132,26 @@ class Engine:
             if at == length:
                 break
             due += latency.step_s(self.slots.running)
+            due += await self._frozen()
             await self._until(due, at)
-            self.generation_tokens += sum(at < len(reply.tokens) for reply in replies)
+            due += await self._frozen()
+            made = sum(at < len(reply.tokens) for reply in replies)
+            self.generation_tokens += made
+            live.generated += made
+            live.computed = call.prompt_tokens + live.generated
             yield at
 
+    async def _frozen(self) -> float:
+        """Wait while nothing is computed; returns for how long."""
+        if self.open.is_set() and self.resident.is_set():
+            return 0.0
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await self.open.wait()
+        await self.resident.wait()
+        return loop.time() - began
+
     async def _until(self, due: float, at: int) -> None:
-        if not self.open.is_set():
-            await self.open.wait()
         left = due - asyncio.get_running_loop().time()
         if left > 0:
             await asyncio.sleep(left)

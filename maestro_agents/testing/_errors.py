@@ -20,3 +20,10 @@ class ApiError(Exception):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
+
+
+class RefusedError(ApiError):
+    """A refusal of the control API, whose errors are plain text."""
+
+    def body(self) -> bytes:
+        return json.dumps({"error": str(self)}).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import httpx
 import psutil
+
+from maestro_backend.workers import WorkerRecord, read_records
 
 MAESTRO = (sys.executable, "-m", "maestro_backend._tied", sys.executable, "-m", "maestro_backend")
 
@@ -55,7 +58,10 @@ class Command:
 
 @contextmanager
 def maestro(*arguments: str, state: Path, stdout: int = subprocess.DEVNULL) -> Iterator[Command]:
-    """Run `maestro ARGUMENTS`; whatever happens, it and its children are gone afterwards."""
+    """Run `maestro ARGUMENTS`; whatever happens, it and its children are gone afterwards.
+
+    Workers that have outlived a server of the same `state` are ended only by `end_workers`.
+    """
     environment = {**os.environ, "XDG_STATE_HOME": str(state)}
     process = subprocess.Popen(
         (*MAESTRO, *arguments),
@@ -87,6 +93,26 @@ def maestro(*arguments: str, state: Path, stdout: int = subprocess.DEVNULL) -> I
         process.stderr.close()
         if process.stdout is not None:
             process.stdout.close()
+
+
+def records(state: Path) -> list[WorkerRecord]:
+    """The recorded workers of servers whose state is under `state`."""
+    folders = state.rglob("workers")
+    return [record for folder in folders for record in read_records(folder).values()]
+
+
+@contextmanager
+def end_workers(state: Path) -> Iterator[None]:
+    """Workers that have outlived their server are gone afterwards."""
+    try:
+        yield
+    finally:
+        processes = [psutil.Process(record.pid) for record in records(state) if record.lives()]
+        for process in processes:
+            process.kill()
+        psutil.wait_procs(processes)
+        for note in state.rglob("runtime_folder"):
+            shutil.rmtree(note.read_text(), ignore_errors=True)
 
 
 def chat(url: str, model: str, timeout_s: float = 60.0, **fields: object) -> httpx.Response:

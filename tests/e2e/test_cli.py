@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from e2e.served import all_gone, chat, maestro
+from e2e.served import Command, all_gone, chat, end_workers, maestro
+from node.nodes import survivors
 
 from maestro_backend.defaults import BIG, SMALL
 
@@ -33,12 +34,55 @@ def test_serve_answers_both_models_and_stops_clean_on_either_signal(tmp_path: Pa
             assert served.lines[-1] == "maestro: stopped"
 
 
-def test_a_killed_gateway_takes_everything_with_it(tmp_path: Path) -> None:
-    with maestro("serve", "--engine", "stub", "--port", "0", state=tmp_path) as served:
+def pids(url: str) -> dict[str, int]:
+    """The process of each worker, as the server tells it."""
+    workers = httpx.get(f"{url}/maestro/state").json()["workers"]
+    return {worker["model"]: worker["pid"] for worker in workers}
+
+
+def agent_of(served: Command) -> psutil.Process:
+    return next(p for p in served.family() if "maestro_backend.node" in p.cmdline())
+
+
+def test_the_workers_of_a_killed_gateway_are_adopted_by_the_next(tmp_path: Path) -> None:
+    with end_workers(tmp_path):
+        with maestro("serve", "--engine", "stub", "--port", "0", state=tmp_path) as served:
+            for model in (BIG, SMALL):
+                assert chat(served.url, model).status_code == 200
+            agent, workers = agent_of(served), pids(served.url)
+            served.process.kill()
+            assert all_gone([agent]), "it leaves, but does not stop them"
+        alive = [psutil.Process(pid) for pid in workers.values()]
+        with maestro("serve", "--engine", "stub", "--port", "0", state=tmp_path) as again:
+            for model in (BIG, SMALL):
+                assert chat(again.url, model).status_code == 200
+            assert pids(again.url) == workers
+            assert set(survivors(alive, timeout=0)) == set(alive)
+            assert again.stop(signal.SIGTERM) == 0
+        assert survivors(alive, timeout=0) == []
+
+
+def test_a_second_server_on_the_same_state_is_refused(tmp_path: Path) -> None:
+    arguments = ("serve", "--engine", "stub", "--port", "0")
+    with maestro(*arguments, state=tmp_path) as served:
         assert chat(served.url, BIG).status_code == 200
-        family = served.family()
-        served.process.kill()
-        assert all_gone(family)
+        with maestro(*arguments, state=tmp_path) as second:
+            assert second.process.wait(30) == 2
+            line = second.wait_for("another node agent")
+        assert f"pid {agent_of(served).pid}" in line and line.startswith("maestro: error: ")
+        assert chat(served.url, BIG).status_code == 200
+
+
+def test_a_demo_runs_beside_a_server(tmp_path: Path) -> None:
+    with maestro("serve", "--engine", "stub", "--port", "0", state=tmp_path) as served:
+        for model in (BIG, SMALL):
+            assert chat(served.url, model).status_code == 200
+        workers = pids(served.url)
+        with maestro("demo", "--engine", "stub", "--json", state=tmp_path) as demo:
+            demo.wait_for("Stopped.", timeout_s=120)
+            assert demo.process.wait(30) == 0
+        assert chat(served.url, BIG).status_code == 200
+        assert pids(served.url) == workers
 
 
 def test_a_killed_worker_comes_back_and_calls_wait_for_it(tmp_path: Path) -> None:
@@ -52,14 +96,27 @@ def test_a_killed_worker_comes_back_and_calls_wait_for_it(tmp_path: Path) -> Non
         assert next(w for w in again["workers"] if w["model"] == BIG)["pid"] != worker["pid"]
 
 
-def test_a_killed_node_agent_is_started_again(tmp_path: Path) -> None:
-    with maestro("serve", "--engine", "stub", "--port", "0", state=tmp_path) as served:
+def test_a_killed_node_agent_is_started_again_and_adopts(tmp_path: Path) -> None:
+    with (
+        end_workers(tmp_path),
+        maestro("serve", "--engine", "stub", "--port", "0", state=tmp_path) as served,
+    ):
         assert chat(served.url, BIG).status_code == 200
-        agent = next(p for p in served.family() if "maestro_backend.node" in p.cmdline())
-        workers = agent.children(recursive=True)
-        agent.kill()
-        assert all_gone(workers), "its workers die with it"
+        worker = psutil.Process(pids(served.url)[BIG])
+        agent_of(served).kill()
         assert chat(served.url, BIG).status_code == 200
+        assert pids(served.url)[BIG] == worker.pid
+        assert served.stop() == 0
+        assert survivors([worker], timeout=0) == []
+
+
+def test_killing_the_demo_takes_everything_with_it(tmp_path: Path) -> None:
+    with maestro("demo", "--engine", "stub", "--json", state=tmp_path) as demo:
+        demo.wait_for("planner")
+        family = demo.family()
+        assert len(family) >= 3
+        demo.process.kill()
+        assert all_gone(family)
 
 
 def test_status_shows_workers_and_says_when_nobody_is_there(tmp_path: Path) -> None:
@@ -129,7 +186,8 @@ def test_a_taken_port_is_one_clear_line(tmp_path: Path) -> None:
 def test_a_model_that_can_never_fit_is_said_at_the_start(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text(
-        "models: {huge: {source: 'random:tiny-llama', engine: stub, kv_memory: 900GiB}}\n"
+        "models: {huge: {source: 'random:tiny-llama', engine: stub, kv_memory: 900GiB,"
+        " engine_args: {elastic: false}}}\n"
         "nodes: [{devices: [cpu], memory: 1GiB}]\n"
     )
     with maestro("serve", "--config", str(config), "--port", "0", state=tmp_path) as served:

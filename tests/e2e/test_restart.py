@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from e2e.served import all_gone, chat, maestro
+from e2e.served import chat, end_workers, maestro, records
 from langchain_openai import ChatOpenAI
 from langgraph.graph import END, START, StateGraph
 from sdk.small_graphs import State, asks
@@ -26,17 +26,18 @@ def served(stack: ExitStack, state: Path, port: int = 0) -> Any:
 
 def test_a_run_goes_on_across_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ExitStack() as stack:
+        stack.enter_context(end_workers(tmp_path))
         stack.callback(_openai_hook.uninstall)
         first = served(stack, tmp_path)
         url = first.url
         monkeypatch.setenv("MAESTRO_BASE_URL", url)
 
         def restart(state: State) -> State:
-            family = first.family()
+            workers = {record.pid for record in records(tmp_path)}
             first.process.kill()
-            assert all_gone(family)
             again = served(stack, tmp_path, urlsplit(url).port or 0)
             assert chat(again.url, SMALL).status_code == 200
+            assert {record.pid for record in records(tmp_path)} == workers, "they were adopted"
             return {"n": 1}
 
         model = ChatOpenAI(model=SMALL, base_url=url, api_key="x", max_retries=2)

@@ -18,7 +18,8 @@ NEVER = 512 * MIB
 def config(tmp_path: Path) -> str:
     """Two models, of which the node has room for one, and a third that is larger than the node."""
     assert KV + RESIDUAL <= CAPACITY < 2 * (KV + RESIDUAL)
-    stub = {"source": "random:tiny-llama", "engine": "stub"}
+    fixed = {"elastic": False}  # with a KV limit that moves both would fit
+    stub = {"source": "random:tiny-llama", "engine": "stub", "engine_args": fixed}
     sizes = {"a": KV, "b": KV, "c": NEVER}
     file = tmp_path / "config.yaml"
     file.write_text(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from node.homes import Home, at_home
 from node.nodes import MakeConfig
 
 from maestro_backend.config import Config
@@ -13,16 +15,32 @@ from maestro_backend.config import Config
 
 @pytest.fixture
 def stub_config(tmp_path: Path) -> MakeConfig:
-    """Make a config of stub models: `stub_config(a={}, b={"kv_memory": "1GiB"}, memory="4GiB")`."""
+    """Make a config of stub models: `stub_config(a={}, b={"kv_memory": "1GiB"}, memory="4GiB")`.
 
-    def make(memory: str = "1GiB", state: str = "state", **models: dict[str, Any]) -> Config:
+    `node` adds to the settings of the node, or replaces them.
+    """
+
+    def make(
+        memory: str = "1GiB",
+        state: str = "state",
+        node: dict[str, Any] | None = None,
+        **models: dict[str, Any],
+    ) -> Config:
         stub = {"source": "random:tiny-llama", "engine": "stub"}
+        here = {"name": "here", "devices": ["cpu"], "memory": memory}
         return Config.parse(
             {
                 "models": {name: {**stub, **settings} for name, settings in models.items()},
-                "nodes": [{"name": "here", "devices": ["cpu"], "memory": memory}],
+                "nodes": [{**here, **(node or {})}],
                 "state_dir": str(tmp_path / state),
             }
         )
 
     return make
+
+
+@pytest.fixture
+async def home(tmp_path: Path) -> AsyncIterator[Home]:
+    """Workers without an agent."""
+    async with at_home(tmp_path) as home:
+        yield home

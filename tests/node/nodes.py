@@ -20,9 +20,9 @@ async def worker_of(node: LocalNode, model: str) -> WorkerInfo:
 
 async def wait_for(node: LocalNode, holds: Callable[[WorkerInfo], bool]) -> WorkerInfo:
     """The first reported worker, now or later, for which `holds`."""
-    async for worker in node.changes():
-        if holds(worker):
-            return worker
+    async for change in node.changes():
+        if isinstance(change, WorkerInfo) and holds(change):
+            return change
     raise AssertionError("the stream of changes ended")
 
 

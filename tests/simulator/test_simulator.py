@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scheduler.scenes import node, worker
+from scheduler.scenes import ALIVE, FLOOR, MOST, RESIDUAL, WEIGHTS, node, suspended, tiered, worker
 
 from maestro_agents.protocol import ConfigError
 from maestro_backend.recording import Recorder, replay
-from maestro_backend.scheduler import Scheduler, WorkerState
+from maestro_backend.scheduler import Length, Residency, Scheduler, WorkerState
 from maestro_backend.scheduler.policies import policy
 from maestro_backend.simulator import EngineModel, Result, SimCall, SimRun, Simulator
 
@@ -59,6 +61,73 @@ def test_a_fan_out_joins_at_the_slowest() -> None:
     )
     run = SimRun("r", 0.0, calls)
     assert simulate([run], window=4).makespan(run) == pytest.approx(2 + 6 + 2)
+
+
+MODELS = ("a", "b", "c", "d")
+FAST = EngineModel(prefill_tokens_s=100, decode_tokens_s=10, activation_s=30)
+
+
+def four_on_room_for_two(number: int, announce: bool, seed: int) -> tuple[Result, Scheduler]:
+    """Four models that all live, weights of two on the device; so many runs go from one model to
+    another."""
+    dice = random.Random(seed)
+    workers = [tiered(m, state=WorkerState.SUSPENDED) for m in MODELS]
+    cluster = node(*workers, capacity=2 * ALIVE + 2 * (FLOOR + RESIDUAL), host=4 * WEIGHTS)
+    runs = []
+    for at in range(number):
+        order = [dice.choice(MODELS) for _ in range(12)]
+        calls = tuple(
+            SimCall(f"s{i}", m, dice.randint(10, 40), dice.randint(20, 60), after=(i - 1,)[:i])
+            for i, m in enumerate(order)
+        )
+        runs.append(SimRun(f"r{at}", 5.0 * at, calls))
+    core = Scheduler(policy("maestro"))
+    engines = dict.fromkeys(MODELS, FAST)
+    simulator = Simulator(core, cluster, runs, engines, validate=True, announce=announce)
+    simulator.predict = lambda call: Length(call.output_tokens, call.output_tokens)
+    return simulator.run(), core
+
+
+def waited_s(result: Result) -> float:
+    return sum(t.started - t.arrived for t in result.calls.values() if t.started is not None)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_four_models_on_room_for_two_all_serve_and_never_overfill(seed: int) -> None:
+    result, core = four_on_room_for_two(3, True, seed)
+    assert len(result.calls) == 36
+    assert all(t.ended is not None for t in result.calls.values())
+    assert core.counts["suspend"] > 0 and core.counts["start"] == core.counts["stop"] == 0
+
+
+def test_announced_prefetch_hides_switches() -> None:
+    ahead = [four_on_room_for_two(1, True, seed)[0] for seed in range(8)]
+    blind = [four_on_room_for_two(1, False, seed)[0] for seed in range(8)]
+    activations_s = sum(sum(result.activations_s) for result in ahead)
+    assert sum(map(waited_s, blind)) > activations_s
+    assert 1 - sum(map(waited_s, ahead)) / activations_s > 0.8
+
+
+def test_a_kv_limit_takes_its_time_to_grow() -> None:
+    run = SimRun("r", 0.0, (SimCall("s", "a", 100, 10),))
+    core = Scheduler(policy("fcfs"))
+    engine = replace(FAST, kv_limit_s=3.0)
+    simulator = Simulator(core, node(tiered("a", kv=FLOOR)), [run], {"a": engine}, validate=True)
+    assert simulator.run().makespan(run) == pytest.approx(3 + 2)
+    assert core.counts["kv_grow"] == 1
+
+
+@pytest.mark.parametrize(
+    ("start", "seconds"),
+    [(Residency.HOST, 1.0), (Residency.PARKED, 1.5), (Residency.DISK, 30.0)],
+)
+def test_an_activation_takes_as_long_as_its_tier(start: Residency, seconds: float) -> None:
+    run = SimRun("r", 0.0, (SimCall("s", "a", 100, 10),))
+    asleep = tiered("a", kv=MOST, state=WorkerState.STOPPED)
+    info = asleep if start is Residency.DISK else suspended(asleep, start)
+    cluster = node(info, host=WEIGHTS)
+    simulator = Simulator(Scheduler(policy("fcfs")), cluster, [run], {"a": FAST}, validate=True)
+    assert simulator.run().makespan(run) == pytest.approx(seconds + 2)
 
 
 def test_a_call_cannot_follow_a_later_one() -> None:

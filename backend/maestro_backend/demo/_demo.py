@@ -70,6 +70,8 @@ class Demo:
         """Everything, from engines to summary. Whatever happens, all processes end with it."""
         config = default_config(self._engine)
         recording = config.state_dir / "demo.jsonl"
+        # A state folder of its own: a server that is running keeps its workers.
+        config = config.model_copy(update={"state_dir": config.state_dir / "demo"})
         app = find_app()
         self._say(f"Starting {' and '.join(config.models)} on {self._engine_name(config)} ...")
         async with (

@@ -28,6 +28,7 @@ from maestro_backend.scheduler import (
     CallProgress,
 )
 
+from ._attempt import Preempted
 from ._errors import ApiError
 from ._models import ModelTable
 from ._records import CallRecord, CallStatus
@@ -59,6 +60,10 @@ class _Call:
     reply: Reply
     usage: Usage | None = None
     failure: str | None = None
+
+    def answered(self) -> bool:
+        """Whether it is too late to start it again elsewhere, unseen by the client."""
+        return self.reply.begun or self.usage is not None or self.failure is not None
 
 
 class ChatCompletions:
@@ -160,8 +165,11 @@ class ChatCompletions:
             call.reply.headers[HEADER_WORKER] = place.worker
             call.reply.headers[HEADER_QUEUE_MS] = str(round(call.record.queued_s() * 1000))
             try:
-                await self._forward(call, place)
+                with self._shell.attempt(call.record, call.answered):
+                    await self._forward(call, place)
                 return
+            except Preempted:
+                continue
             except EngineError as error:
                 if call.reply.begun:
                     message = f"the worker was lost in mid-stream ({error}); please try again"

@@ -62,20 +62,31 @@ class Control:
         return JSONResponse(self.state())
 
     def state(self) -> dict[str, Any]:
-        """Everything now: workers, devices, live calls, the last 50 runs.
+        """Everything now: workers, devices, live calls, the last 50 runs, what was done so far.
 
-        Sizes are bytes; times are seconds since the gateway started, `now` among them.
+        Sizes are bytes, `used` as measured (None: not yet); times are seconds since the
+        gateway started, `now` among them.
         """
         shell, core = self._shell, self._shell.scheduler
+        ledger = core.ledger
         return {
             "version": PROTOCOL_VERSION,
             "policy": core.policy.name,
             "now": shell.now(),
             "workers": [asdict(w) for w in core.workers.values()],
             "devices": {
-                d: {"capacity": c, "free": core.ledger.free(d)}
-                for d, c in core.ledger.capacity.items()
+                d: {"capacity": c, "free": ledger.free(d), "used": ledger.measured.get(d)}
+                for d, c in ledger.capacity.items()
             },
+            "hosts": {
+                n: {
+                    "capacity": c,
+                    "free": ledger.host_free(n),
+                    "used": ledger.measured.get(f"{n}/host"),
+                }
+                for n, c in ledger.host_capacity.items()
+            },
+            "actions": dict(core.counts),
             "calls": [asdict(r) for r in shell.records.live()],
             "ended_calls": sum(r.status in ENDED for r in shell.records.calls.values()),
             "runs": [

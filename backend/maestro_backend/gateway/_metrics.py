@@ -11,7 +11,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from maestro_backend.scheduler import Scheduler, WorkerState
@@ -24,12 +24,12 @@ _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 
 
 class _SchedulerState(Collector):
-    """Gauges read from the scheduler at scrape time."""
+    """Read from the scheduler at scrape time."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         calls, ledger = self._scheduler.calls, self._scheduler.ledger
         queued = GaugeMetricFamily("maestro_calls_queued", "Calls waiting", labels=["model"])
         for model, queue in calls.queues.items():
@@ -41,13 +41,27 @@ class _SchedulerState(Collector):
             ready.add_metric([name], float(info.state is WorkerState.READY))
         limit = GaugeMetricFamily("maestro_kv_limit_bytes", "KV memory allowed", labels=["worker"])
         held = GaugeMetricFamily("maestro_kv_reserved_bytes", "KV memory held", labels=["worker"])
+        kept = GaugeMetricFamily("maestro_kv_kept_bytes", "Prefixes kept", labels=["worker"])
         for name, claim in ledger.claims.items():
+            kept.add_metric([name], claim.kv_kept)
             limit.add_metric([name], claim.kv_limit)
             held.add_metric([name], claim.kv_reserved)
         free = GaugeMetricFamily("maestro_device_free_bytes", "Not promised", labels=["device"])
         for device in ledger.capacity:
             free.add_metric([device], ledger.free(device))
-        yield from (queued, running, ready, limit, held, free)
+        used = GaugeMetricFamily("maestro_device_used_bytes", "As measured", labels=["device"])
+        for device, size in ledger.measured.items():
+            used.add_metric([device], size)
+        host = GaugeMetricFamily("maestro_host_free_bytes", "Not promised", labels=["node"])
+        for node in ledger.host_capacity:
+            host.add_metric([node], ledger.host_free(node))
+        yield from (queued, running, ready, limit, held, kept, free, used, host)
+        actions = CounterMetricFamily(
+            "maestro_actions", "What was done to memory and calls", labels=["action"]
+        )
+        for action, count in self._scheduler.counts.items():
+            actions.add_metric([action.value], count)
+        yield actions
 
 
 class Metrics:

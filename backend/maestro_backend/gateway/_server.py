@@ -14,6 +14,7 @@ import uvicorn
 from maestro_agents.protocol import ConfigError
 from maestro_backend.config import Config
 from maestro_backend.node import NodeHandle
+from maestro_backend.scheduler import Settings
 
 from ._app import build_app, is_loopback
 from ._shell import Shell
@@ -47,8 +48,13 @@ async def serving(
     port: int,
     api_key: str | None = None,
     recording: Path | None = None,
+    settings: Settings | None = None,
+    preload: tuple[str, ...] | None = None,
 ) -> AsyncIterator[Serving]:
     """Serve until the block ends; then open calls get 5 seconds to finish.
+
+    `settings` are the scheduler's bounds; which models are pinned comes from `config`.
+    `preload` are the models to bring in when the node joins, None for all of them.
 
     Raises:
         ConfigError: the port is taken, or a non-loopback bind lacks an API key.
@@ -56,7 +62,7 @@ async def serving(
     if not api_key and not is_loopback(host):
         raise ConfigError(f"{host} is open to others: set MAESTRO_API_KEY, or use --host 127.0.0.1")
     sock = _bind(host, port)
-    async with Shell(config, node, recording).running() as shell:
+    async with Shell(config, node, recording, settings, preload).running() as shell:
         options = uvicorn.Config(
             build_app(shell, api_key),
             log_level="warning",

@@ -5,30 +5,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maestro_agents.protocol import BackendError, RunEvent
+from maestro_agents.protocol import RunEvent
 from maestro_backend import scheduler as core
 from maestro_backend.config import Config
-from maestro_backend.node import NodeHandle, NodeLostError
+from maestro_backend.node import NodeHandle
 from maestro_backend.predictor import Predictor
 from maestro_backend.recording import Recorder
 from maestro_backend.scheduler.policies import policy
 from maestro_backend.workflows import WorkflowBook
 
+from ._attempt import Attempt, Preempted
 from ._errors import rejected
 from ._feed import Feed
 from ._metrics import Metrics
+from ._node_link import NodeLink
+from ._progress import ProgressPoll
 from ._records import CallRecord, CallStatus, Records
 
 _log = logging.getLogger("maestro.gateway")
 
 _TICK_S = 0.25
-_REJOIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +45,30 @@ class Placement:
 class Shell:
     """Owns the scheduler, the node and what is known of runs. Lives on one event loop."""
 
-    def __init__(self, config: Config, node: NodeHandle, recording: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        node: NodeHandle,
+        recording: Path | None = None,
+        settings: core.Settings | None = None,
+        preload: tuple[str, ...] | None = None,
+    ) -> None:
         self.config = config
+        self.preload = tuple(config.models) if preload is None else preload
         pinned = tuple(name for name, model in config.models.items() if model.pin)
-        self.scheduler = core.Scheduler(policy(config.policy), core.Settings(pinned=pinned))
+        bounds = replace(settings or core.Settings(), pinned=pinned)
+        self.scheduler = core.Scheduler(policy(config.policy), bounds)
         self.predictor = Predictor()
         deadlines = {name: slo.deadline for name, slo in config.slo.items()}
         self.book = WorkflowBook(self.predictor, deadlines)
         self.records = Records()
         self.feed = Feed()
         self.metrics = Metrics(self.scheduler)
-        self._node = node
+        self._link = NodeLink(self, node)
+        self._progress = ProgressPoll(self)
         self._recorder = Recorder(recording, self.scheduler) if recording else None
         self._places: dict[str, asyncio.Future[Placement]] = {}
+        self._attempts: dict[str, Attempt] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._zero = time.monotonic()
 
@@ -66,7 +79,8 @@ class Shell:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Shell]:
         """Follow the node until the block ends."""
-        self._spawn(self._follow_node())
+        self._spawn(self._link.follow())
+        self._spawn(self._progress.run())
         self._spawn(self._tick())
         try:
             yield self
@@ -118,11 +132,34 @@ class Shell:
     def retry(self, record: CallRecord, reason: str, *, worker_lost: bool) -> None:
         """The engine failed before the client saw a byte: the scheduler decides what now."""
         _log.warning("%s on %s failed, trying again: %s", record.call, record.worker, reason)
+        self._requeue(record, reason)
+        self.handle(core.CallFailed(record.call, reason, True, worker_lost))
+
+    @contextmanager
+    def attempt(self, record: CallRecord, answered: Callable[[], bool]) -> Iterator[None]:
+        """Around one try of a call at its worker; `answered`: its client has seen of it.
+
+        Raises:
+            Preempted: the call is queued again; follow with `place`.
+        """
+        attempt = self._attempts[record.call] = Attempt(answered)
+        try:
+            with attempt:
+                yield
+        except Preempted as preempted:
+            self._requeue(record, "")
+            self.handle(core.CommandApplied(preempted.command))
+            raise
+        finally:
+            self._attempts.pop(record.call, None)
+            if attempt.refused is not None:
+                self.handle(core.CommandFailed(attempt.refused, "the call ended by itself"))
+
+    def _requeue(self, record: CallRecord, reason: str) -> None:
         record.status, record.error = CallStatus.QUEUED, reason
         record.dispatched = record.first_token = None
         self._places[record.call] = asyncio.get_running_loop().create_future()
         self.publish(record)
-        self.handle(core.CallFailed(record.call, reason, True, worker_lost))
 
     def end(self, record: CallRecord, status: CallStatus, event: core.Event) -> None:
         """The call is over; `event` tells the scheduler how."""
@@ -147,12 +184,12 @@ class Shell:
                 place = self._places.get(call)
                 if place is not None and not place.done():
                     place.set_exception(rejected(command))
-            case core.SetResidency():
-                self._spawn(self._set_residency(command))
             case core.Abort():
                 pass  # the call's own task has closed its connection already
+            case core.Preempt():
+                self._preempt(command)
             case _:
-                self._spawn(self._refuse(command))
+                self._spawn(self._link.carry_out(command))
 
     def _dispatch(self, command: core.Dispatch) -> None:
         record = self.records.calls[command.call]
@@ -164,69 +201,14 @@ class Shell:
             place.set_result(Placement(command.worker, address, command.priority))
         self.publish(record)
 
-    async def _set_residency(self, command: core.SetResidency) -> None:
-        try:
-            await self._node.set_residency(command.model, command.residency)
-            await self._refresh(command.model)
-        except NodeLostError:
-            return  # NodeLost clears the move: the model itself did not fail
-        except BackendError as error:
-            with suppress(BackendError):
-                await self._refresh(command.model)
-            self.handle(core.CommandFailed(command.id, str(error)))
-        else:
-            self.handle(core.CommandApplied(command.id))
+    def _preempt(self, command: core.Preempt) -> None:
+        attempt = self._attempts.get(command.call)
+        if attempt is None or not attempt.preempt(command.id):
+            reason = "its client has seen a first byte already, or it is about to end"
+            self._spawn(self._answer(core.CommandFailed(command.id, reason)))
 
-    async def _refresh(self, model: str) -> None:
-        """Read the worker's state now: its change may still be on the way."""
-        for worker in (await self._node.info()).workers:
-            if worker.model == model:
-                self._worker_changed(worker)
-
-    async def _refuse(self, command: core.Command) -> None:
-        self.handle(core.CommandFailed(command.id, f"{type(command).__name__} is not supported"))
-
-    # --- the node -------------------------------------------------------------------------------
-
-    async def _follow_node(self) -> None:
-        """Join the node, follow its changes; after a loss, join again."""
-        while True:
-            try:
-                info = await self._node.join()
-            except Exception as error:  # whatever it is, the next try may work
-                _log.error("no node: %s", error)
-                await asyncio.sleep(_REJOIN_S)
-                continue
-            self.handle(core.NodeJoined(info, tuple(self.config.models)))
-            self._warn_of_misfits(info)
-            try:
-                async for worker in self._node.changes():
-                    self._worker_changed(worker)
-            except Exception as error:
-                _log.warning("lost node %s, joining again: %s", info.node, error)
-            self.handle(core.NodeLost(info.node))
-
-    def _warn_of_misfits(self, node: core.NodeInfo) -> None:
-        """Say at once which models can never run here, and why."""
-        room = max((d.capacity_bytes for d in node.devices), default=0)
-        for worker in node.workers:
-            need = worker.weights_bytes + worker.kv_limit_bytes + worker.residual_bytes
-            if need > room:
-                _log.error(
-                    "%s cannot run here: it needs %.1f GiB (weights %.1f, KV cache %.1f), "
-                    "a device has %.1f: give it less kv_memory, or the node more memory",
-                    worker.model,
-                    *(
-                        size / 2**30
-                        for size in (need, worker.weights_bytes, worker.kv_limit_bytes, room)
-                    ),
-                )
-
-    def _worker_changed(self, info: core.WorkerInfo) -> None:
-        if self.scheduler.workers.get(info.worker) == info:
-            return
-        self.handle(core.WorkerChanged(info))
-        self.feed.publish({"type": "worker", **asdict(info)})
+    async def _answer(self, event: core.Event) -> None:
+        self.handle(event)
 
     async def _tick(self) -> None:
         while True:

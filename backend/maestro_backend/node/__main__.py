@@ -14,13 +14,16 @@ from pathlib import Path
 import uvicorn
 
 from maestro_agents.protocol import ConfigError, MaestroError
+from maestro_backend._tied import tie_to_parent
 from maestro_backend.config import Config
 from maestro_backend.workers import MAX_ADDRESS_BYTES
 
 from ._agent import Agent
 from ._app import make_app
+from ._lock import StateLock
 
 _GRACE_S = 2
+_ORPHANED = signal.SIGHUP
 
 
 class _Server(uvicorn.Server):
@@ -31,12 +34,14 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(config: Config, node: str | None, address: Path) -> None:
-    asked_to_stop = asyncio.Event()
+async def _serve(config: Config, options: argparse.Namespace) -> None:
+    asked_to_stop, orphaned = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(signum, asked_to_stop.set)
-    agent = Agent(config, config.node(node), address.parent)
-    address.unlink(missing_ok=True)
+        loop.add_signal_handler(signum, asked_to_stop.set)
+    loop.add_signal_handler(_ORPHANED, orphaned.set)
+    address: Path = options.socket
+    agent = Agent(config, config.node(options.node), tied=options.tied)
     server = _Server(
         uvicorn.Config(
             make_app(agent),
@@ -46,11 +51,17 @@ async def _serve(config: Config, node: str | None, address: Path) -> None:
             timeout_graceful_shutdown=_GRACE_S,
         )
     )
+    await agent.take_over()
+    address.unlink(missing_ok=True)
     serving = asyncio.create_task(server.serve())
-    stop = asyncio.create_task(asked_to_stop.wait())
-    await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
+    ends = [asyncio.create_task(event.wait()) for event in (asked_to_stop, orphaned)]
+    await asyncio.wait((serving, *ends), return_when=asyncio.FIRST_COMPLETED)
     try:
-        await agent.close()
+        if orphaned.is_set() and not asked_to_stop.is_set():
+            server.force_exit = True  # whoever waits for an answer died with our starter
+            await agent.leave()
+        else:
+            await agent.close()
     finally:
         server.should_exit = True
         await serving
@@ -58,17 +69,24 @@ async def _serve(config: Config, node: str | None, address: Path) -> None:
 
 
 def main() -> int:
-    """Serve until SIGTERM or SIGINT; then stop all workers."""
+    """Serve until SIGTERM or SIGINT; then stop all workers.
+
+    When the process that started us dies, they live on under their lease, unless they are tied.
+    """
     parser = argparse.ArgumentParser(prog="python -m maestro_backend.node", description=__doc__)
     parser.add_argument("--config", required=True, help="the YAML file")
     parser.add_argument("--socket", required=True, type=Path, help="unix socket to listen on")
     parser.add_argument("--node", help="which of the configured nodes this is; the first one")
+    parser.add_argument("--tied", action="store_true", help="workers never outlive this process")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
+        tie_to_parent(signal.SIGTERM if options.tied else _ORPHANED)
         _check_address(options.socket)
-        asyncio.run(_serve(Config.load(options.config), options.node, options.socket))
+        config = Config.load(options.config)
+        with StateLock.take(config.state_dir):
+            asyncio.run(_serve(config, options))
     except MaestroError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -1,47 +1,89 @@
-"""Finds a node's devices and how many bytes each may use."""
+"""Finds a node's devices and how many bytes of them, and of host memory, it may use."""
 
 from __future__ import annotations
 
-import subprocess
+import logging
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from pydantic import TypeAdapter, ValidationError
 
 from maestro_agents.protocol import ConfigError
 from maestro_backend.config import NodeConfig
 from maestro_backend.scheduler import DeviceInfo
 
-_SHARE = 0.8
-"""Of the memory that is free when the agent starts, the part it may use."""
+from ._nvml import read_gpus
 
-_MIB = 1024**2
-_QUERY = ("nvidia-smi", "--query-gpu=index,memory.free", "--format=csv,noheader,nounits")
+log = logging.getLogger(__name__)
+
+GPU_SHARE = 0.8
+CPU_SHARE = 0.65
+CPU_HOST_SHARE = 0.15
+GPU_HOST_SHARE = 0.5
+"""Of the memory that is free when the agent starts, the parts it may use where none are given."""
 
 
-def find_devices(node: NodeConfig) -> tuple[DeviceInfo, ...]:
-    """The configured devices, or else the GPUs, or else the CPU.
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What a node may use: of each device, and of host memory for weights put aside there."""
+
+    devices: tuple[DeviceInfo, ...]
+    host_capacity_bytes: int
+
+
+_BUDGETS = TypeAdapter(Budgets)
+
+
+def find_budgets(node: NodeConfig, earlier: Budgets | None = None) -> Budgets:
+    """The configured devices, or else the GPUs, or else the CPU, with what they may be used for.
+
+    `earlier` holds for what is not configured: while workers of an earlier agent live, what is free
+    says nothing.
 
     Raises:
         ConfigError: a configured GPU is not there.
     """
-    gpus = {} if node.devices == ("cpu",) else _gpus()
+    gpus = {} if node.devices == ("cpu",) else read_gpus()
     names = node.devices or tuple(gpus) or ("cpu",)
     missing = [name for name in names if name != "cpu" and name not in gpus]
     if missing:
         found = ", ".join(gpus) or "none"
         raise ConfigError(f"node {node.name}: no device {', '.join(missing)} (GPUs found: {found})")
-    free = gpus if names != ("cpu",) else {"cpu": _free_host_bytes()}
-    return tuple(DeviceInfo(name, node.memory or int(free[name] * _SHARE)) for name in names)
+    free_of_host = _free_host_bytes()
+    if names == ("cpu",):
+        room = {"cpu": int(free_of_host * CPU_SHARE)}
+        host = int(free_of_host * CPU_HOST_SHARE)
+    else:
+        room = {name: int(gpus[name].free_bytes * GPU_SHARE) for name in names}
+        host = int(free_of_host * GPU_HOST_SHARE)
+    if earlier is not None:
+        room |= {d.device: d.capacity_bytes for d in earlier.devices if d.device in room}
+        host = earlier.host_capacity_bytes
+    devices = tuple(DeviceInfo(name, node.memory or room[name]) for name in names)
+    return Budgets(devices, host if node.host_memory is None else node.host_memory)
 
 
-def _gpus() -> dict[str, int]:
-    """Free bytes of each GPU, as the driver's own tool says; not yet run on a GPU."""
+def read_budgets(file: Path) -> Budgets | None:
+    """What an earlier agent wrote with `write_budgets`; None where nothing can be read."""
     try:
-        run = subprocess.run(_QUERY, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    rows = (line.split(",") for line in run.stdout.splitlines() if line.strip())
-    return {f"cuda:{int(index)}": int(free) * _MIB for index, free in rows}
+        return _BUDGETS.validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        log.warning("cannot read %s: %s", file, error)
+        return None
+
+
+def write_budgets(file: Path, budgets: Budgets) -> None:
+    """Keep them for a later agent."""
+    fresh = file.with_name(f"{file.name}.new")
+    try:
+        fresh.write_bytes(_BUDGETS.dump_json(budgets))
+        os.replace(fresh, file)
+    except OSError as error:
+        log.warning("cannot write %s: %s", file, error)
 
 
 def _free_host_bytes() -> int:

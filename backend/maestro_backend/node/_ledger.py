@@ -1,53 +1,134 @@
-"""The node's account of promised bytes, device by device."""
+"""The node's account of bytes: what each worker was promised, and what it was measured to take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from maestro_backend.scheduler import DeviceInfo
+from maestro_backend.scheduler import DeviceInfo, WorkerInfo
 from maestro_backend.workers import DoesNotFitError, Memory
 
-_GIB = 1024**3
+from ._refusal import device_refusal, host_refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one worker takes of its device. `measured_bytes` is None until it has been measured."""
+
+    device: str
+    memory: Memory
+    measured_bytes: int | None = None
+
+    @property
+    def taken_bytes(self) -> int:
+        """What counts against the device: the promise, or the measurement where that is more."""
+        return max(self.memory.total_bytes, self.measured_bytes or 0)
 
 
 class Ledger:
-    """capacity >= weights + KV limits + residual, on each device, at any time."""
+    """capacity >= weights + KV limits + residual, on each device and at any time; so the host.
 
-    def __init__(self, devices: Sequence[DeviceInfo]) -> None:
-        self._capacity = {device.device: device.capacity_bytes for device in devices}
-        self._held: dict[str, dict[str, int]] = {device: {} for device in self._capacity}
+    The `Account` of the workers: whatever is held is held, a move in flight as much as a settled
+    worker. A claim grows only into what is free by promise *and* by measurement; it may always
+    shrink. `workers` tells of the present workers, for the advice in a refusal.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[DeviceInfo],
+        host_capacity_bytes: int = 0,
+        workers: Callable[[], Iterable[WorkerInfo]] = tuple,
+    ) -> None:
+        self.capacity = {device.device: device.capacity_bytes for device in devices}
+        self.host_capacity = host_capacity_bytes
+        self._outside = dict.fromkeys(self.capacity, 0)
+        self._workers = workers
+        self._held: dict[str, Held] = {}
+        self._host: dict[str, int] = {}
+
+    @property
+    def held(self) -> Mapping[str, Held]:
+        """What each model holds of its device now."""
+        return self._held
+
+    @property
+    def host_held(self) -> Mapping[str, int]:
+        """What each model holds of the host budget now, in bytes."""
+        return self._host
 
     def free_bytes(self, device: str) -> int:
-        """What is not promised to anybody."""
-        return self._capacity[device] - sum(self._held[device].values())
+        """What nobody was promised and nobody takes; below 0 where more is taken than there is."""
+        return self._room(device, but_for="")
 
-    @contextmanager
-    def promise(self, model: str, memory: Memory, device: str) -> Iterator[None]:
-        """Hold `memory` for `model` on `device` until the exit.
+    def hold(self, model: str, device: str, memory: Memory) -> None:
+        """Set what `model` holds of `device`.
 
         Raises:
-            DoesNotFitError: the device has not that much free.
+            DoesNotFitError: the device has not that much free; nothing has changed.
         """
-        if memory.total_bytes > self.free_bytes(device):
-            raise DoesNotFitError(self._refusal(model, memory, device))
-        self._held[device][model] = memory.total_bytes
-        try:
-            yield
-        finally:
-            del self._held[device][model]
+        old, new = self._held.get(model), Held(device, memory)
+        if old is not None and (old.device, old.memory) == (device, memory):
+            return
+        before = old.memory.total_bytes if old and old.device == device else 0
+        if memory.total_bytes > max(before, self._room(device, but_for=model)):
+            raise DoesNotFitError(self._refusal(model, device, memory))
+        self._held[model] = new  # not measured: what was, was before this change
 
-    def _refusal(self, model: str, memory: Memory, device: str) -> str:
-        held = ", ".join(f"{name} {_gib(size)}" for name, size in self._held[device].items())
-        return (
-            f"does not fit yet: {model} needs {_gib(memory.total_bytes)}"
-            f" (weights {_gib(memory.weights_bytes)}, KV {_gib(memory.kv_bytes)},"
-            f" residual {_gib(memory.residual_bytes)}); {device} has"
-            f" {_gib(self.free_bytes(device))} free of {_gib(self._capacity[device])}"
-            f" (held: {held or 'nothing'}). Lower its kv_memory, stop another model, or raise"
-            " the node's memory"
+    def hold_host(self, model: str, size: int) -> None:
+        """Set what `model` holds of the host budget.
+
+        Raises:
+            DoesNotFitError: the host budget has not that much free; nothing has changed.
+        """
+        if size > max(self._host.get(model, 0), self.host_room(model)):
+            raise DoesNotFitError(host_refusal(model, size, self.host_capacity, self._host))
+        if size:
+            self._host[model] = size
+        else:
+            self._host.pop(model, None)
+
+    def release(self, model: str) -> None:
+        """Free all that `model` holds; may be repeated."""
+        self._held.pop(model, None)
+        self._host.pop(model, None)
+
+    def host_room(self, model: str) -> int:
+        """The most host bytes that `model` could hold now, what it holds already among them."""
+        others = sum(size for name, size in self._host.items() if name != model)
+        return max(0, self.host_capacity - others)
+
+    def measured(self, model: str, since: Held, size: int) -> None:
+        """The worker of `model` takes `size` bytes of its device.
+
+        `since` is what it held when the measurement began: a claim that has changed meanwhile is
+        not touched.
+        """
+        if self._held.get(model) == since:
+            self._held[model] = Held(since.device, since.memory, size)
+
+    def measured_outside(self, device: str, size: int) -> None:
+        """Others than our workers take `size` bytes of what was this node's part of `device`."""
+        self._outside[device] = size
+
+    def _room(self, device: str, but_for: str) -> int:
+        taken = sum(
+            held.taken_bytes
+            for model, held in self._held.items()
+            if held.device == device and model != but_for
         )
+        return self.capacity[device] - self._outside[device] - taken
 
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.2f} GiB"
+    def _refusal(self, model: str, device: str, memory: Memory) -> str:
+        return device_refusal(
+            model,
+            memory,
+            device=DeviceInfo(device, self.capacity[device]),
+            room=self._room(device, but_for=model),
+            outside=self._outside[device],
+            taken={
+                name: (held.memory.total_bytes, held.taken_bytes)
+                for name, held in self._held.items()
+                if held.device == device and name != model
+            },
+            workers={worker.model: worker for worker in self._workers()},
+        )

@@ -44,11 +44,14 @@ from ._events import (
 from ._invariants import InvariantError
 from ._nouns import DeviceInfo, DeviceMeasured, NodeInfo, Residency, WorkerInfo, WorkerState
 from ._runs import LIKELY
-from ._scheduler import Scheduler, Settings
+from ._scheduler import Scheduler
+from ._settings import Settings
+from ._world import Action
 
 __all__ = [
     "LIKELY",
     "Abort",
+    "Action",
     "Announced",
     "CallArrived",
     "CallCancelled",

@@ -17,6 +17,11 @@ class Call:
     """Position of arrival: breaks every tie the same way."""
     worker: str | None = None
     attempts: int = 0
+    preemptions: int = 0
+    settled: bool = False
+    """It cannot be taken off its worker: its client has seen a first byte."""
+    delayed: bool = False
+    """It has had to wait for KV memory."""
 
     @property
     def call(self) -> str:
@@ -43,6 +48,7 @@ class CallTable:
         del self.queues[call.request.model][call.call]
         call.worker = worker
         call.attempts += 1
+        call.settled = call.delayed = False
         self.running.setdefault(worker, {})[call.call] = call
 
     def requeue(self, call: Call) -> None:
@@ -50,6 +56,12 @@ class CallTable:
         self._leave(call)
         call.worker = None
         self._enqueue(call)
+
+    def preempt(self, call: Call) -> None:
+        """Back into the queue; the try does not count."""
+        call.attempts -= 1
+        call.preemptions += 1
+        self.requeue(call)
 
     def remove(self, call: Call) -> None:
         self._leave(call)

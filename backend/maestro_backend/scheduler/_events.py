@@ -192,9 +192,10 @@ class NodeLost:
 
 @dataclass(frozen=True, slots=True)
 class MemoryMeasured:
-    """Bytes in use on a device (`node/device`), as measured; kept beside the ledger's promise.
+    """Bytes in use on a device (`node/device`, `node/host`), as measured.
 
-    No shell sends it yet, and no decision uses it: the node agent refuses by its own ledger.
+    Kept and shown beside the ledger's promise. No decision uses it: the node agent refuses by what
+    it measures.
     """
 
     device: str

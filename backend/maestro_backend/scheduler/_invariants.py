@@ -8,21 +8,23 @@ from ._calls import CallTable
 from ._ledger import Ledger
 from ._nouns import WorkerInfo
 from ._runs import Run
+from ._world import World
 
 
 class InvariantError(MaestroError):
     """The scheduler broke its own rules: a defect of ours."""
 
 
-def check(
-    calls: CallTable, workers: dict[str, WorkerInfo], ledger: Ledger, runs: dict[str, Run]
-) -> None:
+def check(world: World) -> None:
     """Raise InvariantError at the first broken invariant."""
+    calls, ledger = world.calls, world.ledger
     for broken in (
-        *_places(calls, workers),
+        *_places(calls, world.workers),
         *_reservations(calls, ledger),
         *_capacity(ledger),
-        *_runs(calls, runs),
+        *_runs(calls, world.runs.by_id),
+        *_kept(world),
+        *_under_way(world),
     ):
         raise InvariantError(broken)
 
@@ -48,17 +50,42 @@ def _reservations(calls: CallTable, ledger: Ledger) -> list[str]:
             broken.append(f"{worker} holds reservations of calls not running there: {stray}")
         if bare := running - set(claim.reservations):
             broken.append(f"calls run on {worker} without a reservation: {bare}")
-        if claim.kv_reserved > claim.kv_limit:
-            broken.append(f"{worker} reserved {claim.kv_reserved} of {claim.kv_limit} KV bytes")
+        if claim.kv_used > claim.kv_usable:
+            broken.append(f"{worker} promised {claim.kv_used} of {claim.kv_usable} KV bytes")
     return broken
 
 
 def _capacity(ledger: Ledger) -> list[str]:
+    """Claims count the larger of before and after: no move under way can overfill anything."""
+    free = {device: ledger.free(device) for device in ledger.capacity}
+    free |= {f"{node}/host": ledger.host_free(node) for node in ledger.host_capacity}
     return [
-        f"device {device} is over its capacity by {-ledger.free(device)} bytes"
-        for device in ledger.capacity
-        if ledger.free(device) < 0
+        f"{key} is over its capacity by {-size} bytes" for key, size in free.items() if size < 0
     ]
+
+
+def _kept(world: World) -> list[str]:
+    """Kept prefixes leave a longest request its room, and belong to runs that go on."""
+    broken = []
+    for worker, claim in world.ledger.claims.items():
+        floor = world.workers[worker].kv_floor_bytes
+        if claim.kept and claim.kv_kept > claim.kv_usable - floor:
+            broken.append(f"{worker} keeps {claim.kv_kept} KV bytes; a request may need {floor}")
+        for call, kept in claim.kept.items():
+            if kept.run not in world.runs.by_id:
+                broken.append(f"{worker} keeps {call} for {kept.run}, which is over")
+    return broken
+
+
+def _under_way(world: World) -> list[str]:
+    """One move and one KV limit per worker at a time, and what they take is promised."""
+    moving = [move.worker for move in world.moves.values()]
+    broken = [f"{w} is moved twice at once" for w in set(moving) if moving.count(w) > 1]
+    for worker, change in world.changes.items():
+        claim = world.ledger.claims.get(worker)
+        if claim is None or not claim.kv_used <= claim.kv_usable <= change.limit <= claim.kv_limit:
+            broken.append(f"the ledger does not hold {worker}'s way to {change.limit} KV bytes")
+    return broken
 
 
 def _runs(calls: CallTable, runs: dict[str, Run]) -> list[str]:

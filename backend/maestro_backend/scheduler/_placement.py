@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ._calls import Call, CallTable
-from ._ledger import Ledger
+from ._ledger import kv_most
 from ._nouns import WorkerInfo, WorkerState
 
 
@@ -33,17 +33,9 @@ def best_worker(call: Call, candidates: list[WorkerInfo], calls: CallTable) -> W
     return min(candidates, key=load)
 
 
-def claim(worker: WorkerInfo, ledger: Ledger, calls: CallTable) -> None:
-    """Promise a worker its memory; calls that still run there keep or regain their share."""
-    ledger.claim(worker)
-    for call in calls.on_worker(worker.worker).values():
-        ledger.restore(worker.worker, call.call, _kv_bytes(call, worker))
+def kv_bytes(call: Call, worker: WorkerInfo) -> int:
+    """KV bytes to reserve for a call; never more than the worker can have at most.
 
-
-def reserve(call: Call, worker: WorkerInfo, ledger: Ledger) -> bool:
-    """Hold the call's KV bytes on the worker; False when they do not fit now."""
-    return ledger.reserve(worker.worker, call.call, _kv_bytes(call, worker))
-
-
-def _kv_bytes(call: Call, worker: WorkerInfo) -> int:
-    return call.request.kv_tokens * worker.kv_bytes_per_token
+    Alone on the worker, any call may try.
+    """
+    return min(call.request.kv_tokens * worker.kv_bytes_per_token, kv_most(worker))

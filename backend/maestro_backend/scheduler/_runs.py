@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from ._events import ForecastCall, RunStarted
 
 LIKELY = 0.5
 """A forecast call counts as expected from this probability on (the bound of lead time too)."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndedCall:
+    """A call that ended well on `worker`, at `at` seconds, with so many tokens in all."""
+
+    call: str
+    worker: str
+    tokens: int
+    at: float
 
 
 @dataclass(slots=True)
@@ -20,8 +29,10 @@ class Run:
     tenant: str = "default"
     deadline: float | None = None
     forecast: tuple[ForecastCall, ...] = ()
-    models: frozenset[str] = frozenset()
-    """What the likely part of the forecast needs."""
+    models: dict[str, float] = field(default_factory=dict)
+    """What the likely part of the forecast needs, and when at the earliest (seconds)."""
+    last_ended: dict[str, EndedCall] = field(default_factory=dict)
+    """By model."""
     live_calls: set[str] = field(default_factory=set)
     paused_at: float | None = None
     last_seen: float = 0.0
@@ -48,11 +59,13 @@ class Run:
 
 
 class RunTable:
-    """All runs the scheduler knows, and how many of them expect each model."""
+    """All runs the scheduler knows, and which of them expect each model."""
 
-    def __init__(self) -> None:
+    def __init__(self, bound: float = LIKELY) -> None:
+        self._bound = bound
+        """A forecast call is expected from this probability on."""
         self.by_id: dict[str, Run] = {}
-        self.expected: Counter[str] = Counter()
+        self._expecting: dict[str, dict[str, float]] = {}
 
     def get(self, run: str) -> Run | None:
         return self.by_id.get(run)
@@ -63,15 +76,32 @@ class RunTable:
         state.last_seen = now
         return state
 
-    def believe(self, run: Run, forecast: tuple[ForecastCall, ...]) -> None:
+    @property
+    def expected(self) -> dict[str, float]:
+        """The models that some run will likely call, and when at the earliest; soonest first."""
+        soonest = {model: min(runs.values()) for model, runs in self._expecting.items()}
+        return dict(sorted(soonest.items(), key=lambda item: (item[1], item[0])))
+
+    def expected_at(self, model: str) -> float | None:
+        """When some run will likely call `model`, at the earliest; None if none will."""
+        return min(self._expecting.get(model, {}).values(), default=None)
+
+    def believe(self, run: Run, forecast: tuple[ForecastCall, ...], now: float) -> None:
         """Replace the run's forecast."""
-        self.expected -= Counter(run.models)
-        run.forecast = forecast
-        run.models = frozenset(c.model for c in forecast if c.probability >= LIKELY)
-        self.expected += Counter(run.models)
+        for model in run.models:
+            del self._expecting[model][run.run]
+            if not self._expecting[model]:
+                del self._expecting[model]
+        run.forecast, run.models = forecast, {}
+        for call in forecast:
+            if call.probability >= self._bound:
+                at = now + call.earliest_start_s
+                run.models[call.model] = min(at, run.models.get(call.model, at))
+        for model, at in run.models.items():
+            self._expecting.setdefault(model, {})[run.run] = at
 
     def forget(self, run: Run) -> None:
-        self.believe(run, ())
+        self.believe(run, (), 0.0)
         self.by_id.pop(run.run, None)
 
     def forget_if_over(self, run: Run) -> None:

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from . import _events as ev
-from ._calls import Call, CallTable
-from ._commands import Abort, Command, Dispatch, Reject, RejectReason, SetResidency
+from ._calls import Call
+from ._commands import Abort, Command, Reject, RejectReason
+from ._dispatch import Dispatcher
 from ._invariants import check
-from ._ledger import Ledger, device_key, need_bytes
+from ._kept import KeptPrefixes
+from ._ledger import most_bytes
 from ._nouns import Residency, WorkerInfo, WorkerState
-from ._placement import best_worker, claim, open_workers, reserve
-from ._residency import Failure, Move, Residencies, World
-from ._runs import RunTable
+from ._residency import Residencies
+from ._settings import Settings
+from ._shortage import Shortage
+from ._verdicts import Verdicts
+from ._world import Action, Move, Preemption, World
 from .policies import Policy
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Bounds of the scheduler; times in seconds. All values are ours."""
-
-    max_queued: int = 10_000
-    max_attempts: int = 5
-    """Tries of a call whose worker was lost each time."""
-    max_error_attempts: int = 2
-    """Tries of a call that a healthy engine answers with an error."""
-    node_wait_s: float = 60.0
-    """With no node at all, calls wait so long for one."""
-    patience_s: float = 15.0
-    """A waiting call drains another model's worker only after this long."""
-    failure_pause_s: float = 30.0
-    """A model that could not be brought in is not tried again before this."""
-    suspect_s: float = 0.5
-    """A worker that broke a call gets no other for this long, doubled with each further try of
-    the call, unless its node says more: time for the node to notice a death."""
-    run_idle_s: float = 3600.0
-    """A run without calls or events for this long is forgotten."""
-    pinned: tuple[str, ...] = ()
-    """Models that never make room for others."""
 
 
 class Scheduler:
@@ -49,14 +28,14 @@ class Scheduler:
     def __init__(self, policy: Policy, settings: Settings | None = None) -> None:
         self.policy = policy
         self.settings = settings or Settings()
-        self.runs = RunTable()
-        self.calls = CallTable()
-        self.workers: dict[str, WorkerInfo] = {}
-        self.ledger = Ledger()
-        self.residencies = Residencies(self.settings.patience_s, self.settings.pinned)
-        self._suspects: dict[str, float] = {}
-        self._nodeless_since: float | None = 0.0
-        self._commands = 0
+        self._world = world = World(self.settings)
+        self.runs, self.calls = world.runs, world.calls
+        self.workers, self.ledger, self.counts = world.workers, world.ledger, world.counts
+        self.residencies = Residencies(world)
+        self._verdicts = Verdicts(world, self.residencies)
+        self._kept = KeptPrefixes(world)
+        self._shortage = Shortage(world, policy)
+        self._dispatcher = Dispatcher(world, policy, self.residencies, self._shortage, self._kept)
         self._handlers: dict[type, Callable[[Any, float], Iterator[Command]]] = {
             ev.RunStarted: self._run_started,
             ev.Announced: self._run_seen,
@@ -86,9 +65,9 @@ class Scheduler:
         """Take one event at time `now` (seconds, never going back); return what to do."""
         commands = list(self._handlers[type(event)](event, now))
         if not isinstance(event, ev.CallProgress):
-            commands += self._plan_residency(now)
+            commands += self.residencies.plan(now)
             commands += self._reject_hopeless(now)
-            commands += self._dispatch(now)
+            commands += self._dispatcher.dispatch(now)
         return commands
 
     def validate(self) -> None:
@@ -97,7 +76,7 @@ class Scheduler:
         Raises:
             InvariantError: one is broken; the message tells which.
         """
-        check(self.calls, self.workers, self.ledger, self.runs.by_id)
+        check(self._world)
 
     # --- runs -----------------------------------------------------------------------------------
 
@@ -116,8 +95,10 @@ class Scheduler:
         yield from ()
 
     def _forecast_changed(self, event: ev.ForecastChanged, now: float) -> Iterator[Command]:
-        self.runs.believe(self.runs.ensure(event.run, now), event.calls)
-        yield from ()
+        run = self.runs.ensure(event.run, now)
+        if not run.ended:
+            self.runs.believe(run, event.calls, now)
+            yield from self._kept.review(run, now)
 
     def _run_paused(self, event: ev.RunPaused, now: float) -> Iterator[Command]:
         if run := self.runs.get(event.run):
@@ -131,45 +112,39 @@ class Scheduler:
 
     def _run_ended(self, event: ev.RunEnded, now: float) -> Iterator[Command]:
         if run := self.runs.get(event.run):
-            self.runs.believe(run, ())
+            self.runs.believe(run, (), now)
             run.ended = True
             self.runs.forget_if_over(run)
-        yield from ()
+        yield from self._kept.forget(event.run)
 
     # --- calls ----------------------------------------------------------------------------------
 
     def _call_arrived(self, event: ev.CallArrived, now: float) -> Iterator[Command]:
         if event.call in self.calls.by_id:
             return
-        if refusal := self._refusal(event):
+        if refusal := self._verdicts.refusal(event):
             reason, detail, retry_after_s = refusal
-            yield Reject(self._next_id(), event.call, reason, detail, retry_after_s)
+            yield Reject(self._world.next_id(), event.call, reason, detail, retry_after_s)
             return
         self.calls.add(event, now)
         run = self.runs.ensure(event.run, now)
         run.live_calls.add(event.call)
         run.ended = event.run == event.call  # a call without a run is one of its own
 
-    def _refusal(self, event: ev.CallArrived) -> tuple[RejectReason, str, float | None] | None:
-        if self.workers and not any(w.model == event.model for w in self.workers.values()):
-            return RejectReason.UNKNOWN_MODEL, f"no node serves model {event.model!r}", None
-        queued = sum(len(queue) for queue in self.calls.queues.values())
-        if queued >= self.settings.max_queued:
-            return RejectReason.QUEUE_FULL, f"{queued} calls are queued already", 5.0
-        return None
-
     def _call_progress(self, event: ev.CallProgress, now: float) -> Iterator[Command]:
         call = self.calls.by_id.get(event.call)
         if call and call.worker in self.workers:
-            worker = self.workers[call.worker]
             tokens = event.computed_tokens + event.generated_tokens
-            self.ledger.grow(worker.worker, event.call, tokens * worker.kv_bytes_per_token)
-        yield from ()
+            yield from self._shortage.progress(call, self.workers[call.worker], tokens, now)
 
     def _call_finished(self, event: ev.CallFinished, now: float) -> Iterator[Command]:
         if call := self.calls.by_id.get(event.call):
+            tokens = event.prompt_tokens + event.output_tokens or call.request.kv_tokens
+            worker = call.worker
+            if worker is not None:
+                self.ledger.release(worker, call.call)
+            yield from self._kept.ended(call, tokens, now)
             self._end(call, now)
-        yield from ()
 
     def _call_failed(self, event: ev.CallFailed, now: float) -> Iterator[Command]:
         call = self.calls.by_id.get(event.call)
@@ -182,11 +157,11 @@ class Scheduler:
         elif call.attempts >= attempts:
             self._end(call, now)
             detail = f"failed {call.attempts} times, last: {event.reason}"
-            yield Reject(self._next_id(), event.call, RejectReason.RETRIES_EXHAUSTED, detail)
+            yield Reject(self._world.next_id(), event.call, RejectReason.RETRIES_EXHAUSTED, detail)
         else:
             if event.worker_lost:
                 rest_s = limit.suspect_s * 2 ** (call.attempts - 1)
-                self._suspects[call.worker] = now + rest_s
+                self._dispatcher.suspect(call.worker, now + rest_s)
             self.ledger.release(call.worker, call.call)
             self.calls.requeue(call)
 
@@ -195,13 +170,13 @@ class Scheduler:
             worker = call.worker
             self._end(call, now)
             if worker is not None:
-                yield Abort(self._next_id(), event.call, worker)
+                yield Abort(self._world.next_id(), event.call, worker)
 
     def _end(self, call: Call, now: float) -> None:
         """Remove a call for good: its reservation, its place, its mark in the run."""
         if call.worker is not None:
             self.ledger.release(call.worker, call.call)
-            self.residencies.last_used[call.worker] = now
+            self._world.last_used[call.worker] = now
         self.calls.remove(call)
         if run := self.runs.get(call.request.run):
             run.live_calls.discard(call.call)
@@ -211,12 +186,11 @@ class Scheduler:
     # --- workers and memory ---------------------------------------------------------------------
 
     def _node_joined(self, event: ev.NodeJoined, now: float) -> Iterator[Command]:
-        for device in event.info.devices:
-            self.ledger.add_device(event.info.node, device)
+        self.ledger.add_node(event.info)
         for info in event.info.workers:
             self._take(info, now)
         self.residencies.preload = list(event.preload)
-        self._nodeless_since = None
+        self._verdicts.nodeless_since = None
         yield from ()
 
     def _worker_changed(self, event: ev.WorkerChanged, now: float) -> Iterator[Command]:
@@ -225,170 +199,148 @@ class Scheduler:
 
     def _take(self, info: WorkerInfo, now: float) -> None:
         """Believe what a node reports of a worker."""
+        world = self._world
         self.workers[info.worker] = info
-        self._suspects.pop(info.worker, None)
+        self._dispatcher.trust(info.worker)
+        change = world.changes.get(info.worker)
+        if change is not None and change.applied and info.kv_limit_bytes <= change.limit:
+            del world.changes[info.worker]
+        if info.state in (WorkerState.STOPPED, WorkerState.FAILED):
+            world.changes.pop(info.worker, None)
+            world.refused.pop(info.worker, None)
+        if info.state is not WorkerState.SUSPENDED:
+            self.residencies.broken.discard(info.worker)
         if info.state is WorkerState.FAILED:
-            self._failed(info, info.detail, now)
-        elif info.state is not WorkerState.STOPPED:
-            claim(info, self.ledger, self.calls)
-        elif not self.residencies.arriving(info.worker):
-            self.ledger.release_worker(info.worker)
-
-    def _failed(self, info: WorkerInfo, detail: str, now: float) -> None:
-        self.ledger.release_worker(info.worker)
-        until = now + self.settings.failure_pause_s
-        self.residencies.failures[info.model] = Failure(until, detail)
+            self.residencies.fail(info.model, info.detail, now)
+        world.account(info.worker)
 
     def _node_lost(self, event: ev.NodeLost, now: float) -> Iterator[Command]:
         """Its workers take no more calls; those running there fail one by one in the shell."""
-        gone = {w.worker for w in self.workers.values() if w.node == event.node}
-        self.workers = {w: info for w, info in self.workers.items() if w not in gone}
+        world = self._world
+        gone = [w.worker for w in self.workers.values() if w.node == event.node]
+        world.moves = {i: m for i, m in world.moves.items() if m.worker not in gone}
+        world.keeps = {i: keep for i, keep in world.keeps.items() if keep[0] not in gone}
         self.ledger.drop_node(event.node)
-        moves = self.residencies.moves
-        self.residencies.moves = {i: m for i, m in moves.items() if m.worker not in gone}
         for worker in gone:
-            self.residencies.draining.pop(worker, None)
+            del self.workers[worker]
+            for about in (world.changes, world.rests, world.refused, self.residencies.draining):
+                about.pop(worker, None)
+            self.residencies.broken.discard(worker)
         if not self.workers:
-            self._nodeless_since = now
+            self._verdicts.nodeless_since = now
         yield from ()
 
     def _memory_measured(self, event: ev.MemoryMeasured, now: float) -> Iterator[Command]:
         self.ledger.measured[event.device] = event.used_bytes
         yield from ()
 
+    # --- commands under way ---------------------------------------------------------------------
+
     def _command_applied(self, event: ev.CommandApplied, now: float) -> Iterator[Command]:
-        self.residencies.moves.pop(event.command, None)
+        world = self._world
+        world.keeps.pop(event.command, None)
+        if move := world.moves.pop(event.command, None):
+            if move.residency is Residency.DEVICE:
+                world.refused.pop(move.worker, None)
+            self._account(move.worker)
+        elif worker := self._changing(event.command):
+            self._limit_applied(worker, now)
+        elif (preemption := world.preemptions.pop(event.command, None)) and (
+            call := self._running(preemption)
+        ):
+            self.ledger.release(preemption.worker, call.call)
+            self.calls.preempt(call)
         yield from ()
 
+    def _limit_applied(self, worker: str, now: float) -> None:
+        """A shrink may have to wait for blocks in use; it counts as under way until then."""
+        world = self._world
+        change, info = world.changes.pop(worker), self.workers[worker]
+        if info.kv_limit_bytes > change.limit:
+            world.changes[worker] = replace(change, applied=now)
+        elif info.kv_limit_bytes < change.limit:
+            self._rest(worker, now)  # it gave less than was asked for: not at once again
+        self._account(worker)
+
     def _command_failed(self, event: ev.CommandFailed, now: float) -> Iterator[Command]:
-        move = self.residencies.moves.pop(event.command, None)
-        worker = self.workers.get(move.worker) if move else None
-        if move is None or worker is None or move.residency is not Residency.DEVICE:
-            return
-        if worker.state is WorkerState.STOPPED and need_bytes(worker) != move.need:
-            self.ledger.release_worker(worker.worker)  # its size is known only now: plan again
-        elif worker.state is not WorkerState.READY:
-            self._failed(worker, event.reason, now)
+        world = self._world
+        world.counts[Action.FAILURE] += 1
+        if move := world.moves.pop(event.command, None):
+            self._move_failed(move, event.reason, now)
+            self._account(move.worker)
+        elif worker := self._changing(event.command):
+            del world.changes[worker]
+            self._rest(worker, now)
+            self._account(worker)
+        elif keep := world.keeps.pop(event.command, None):
+            worker, name = keep
+            if claim := self.ledger.claims.get(worker):
+                claim.kept.pop(name, None)
+        elif (preemption := world.preemptions.pop(event.command, None)) and (
+            call := self._running(preemption)
+        ):
+            call.settled = True
         yield from ()
+
+    def _move_failed(self, move: Move, reason: str, now: float) -> None:
+        info = self.workers[move.worker]
+        fetched = move.residency is Residency.DISK and info.residency is Residency.REMOTE
+        if move.residency is not Residency.DEVICE and not fetched:
+            known = self._world.refused.get(info.worker, frozenset())
+            self._world.refused[info.worker] = known | {move.residency}
+            self.residencies.draining.pop(info.worker, None)
+            self._rest(info.worker, now)
+        if move.residency is Residency.DISK and (fetched or info.worker in self.residencies.broken):
+            self.residencies.fail(info.model, reason, now)
+        elif move.residency is Residency.DEVICE:
+            self._bring_failed(info, move, reason, now)
+
+    def _bring_failed(self, info: WorkerInfo, move: Move, reason: str, now: float) -> None:
+        if info.state is WorkerState.SUSPENDED:
+            self.residencies.broken.add(info.worker)  # to be stopped and started anew
+        elif info.state is WorkerState.STOPPED and most_bytes(info) != move.need:
+            return  # its size is known only now: plan again
+        elif info.state is not WorkerState.READY:
+            self.residencies.fail(info.model, reason, now)
+
+    def _account(self, worker: str) -> None:
+        if worker in self.workers:
+            self._world.account(worker)
+
+    def _rest(self, worker: str, now: float) -> None:
+        self._world.rests[worker] = now + self.settings.rest_s
+
+    def _changing(self, command: int) -> str | None:
+        """The worker whose KV limit the command changes."""
+        changes = self._world.changes.items()
+        return next((w for w, change in changes if change.command == command), None)
+
+    def _running(self, preemption: Preemption) -> Call | None:
+        """The call of a preemption, if it still runs in that same try."""
+        call = self.calls.by_id.get(preemption.call)
+        same = call and (call.worker, call.attempts) == (preemption.worker, preemption.attempt)
+        return call if same else None
 
     def _tick(self, event: ev.Tick, now: float) -> Iterator[Command]:
         limit = now - self.settings.run_idle_s
         idle = [r for r in self.runs.by_id.values() if r.last_seen < limit and not r.live_calls]
         for run in idle:
+            yield from self._kept.forget(run.run)
             self.runs.forget(run)
-        yield from ()
+        self._kept.expire(now)
+        for worker, change in list(self._world.changes.items()):
+            if change.applied is not None and now - change.applied > self.settings.rest_s:
+                del self._world.changes[worker]
+                self._rest(worker, now)
+                self._account(worker)
 
     # --- planning -------------------------------------------------------------------------------
 
-    def _plan_residency(self, now: float) -> Iterator[Command]:
-        world = World(self.workers, self.calls, self.runs, self.ledger, now)
-        for move in self.residencies.plan(world):
-            command = self._next_id()
-            worker = self.workers[move.worker]
-            need = need_bytes(worker)
-            self.residencies.moves[command] = Move(move.worker, move.residency, need)
-            yield SetResidency(command, worker.node, worker.model, move.residency)
-
     def _reject_hopeless(self, now: float) -> Iterator[Command]:
-        """Answer calls that no worker can take: the model failed, or fits no device."""
+        """Answer calls that no worker can take."""
         for model in [m for m, queue in self.calls.queues.items() if queue]:
-            if verdict := self._hopeless(model, now):
+            if verdict := self._verdicts.hopeless(model, now):
                 reason, detail, retry_after_s = verdict
                 for call in list(self.calls.queued(model).values()):
                     self._end(call, now)
-                    yield Reject(self._next_id(), call.call, reason, detail, retry_after_s)
-
-    def _hopeless(self, model: str, now: float) -> tuple[RejectReason, str, float | None] | None:
-        since = self._nodeless_since
-        if since is not None and now - since >= self.settings.node_wait_s:
-            return RejectReason.NO_NODE, "no node is there to serve this model", 5.0
-        mine = [w for w in self.workers.values() if w.model == model]
-        living = [w for w in mine if w.state not in (WorkerState.STOPPED, WorkerState.FAILED)]
-        if living or any(self.residencies.arriving(w.worker) for w in mine):
-            return None
-        if failure := self.residencies.failure(model, now):
-            return RejectReason.MODEL_FAILED, failure.detail, failure.until - now
-        needs = [(need_bytes(w), self._room(w)) for w in mine]
-        if needs and all(need > room for need, room in needs):
-            need, room = min(needs, key=lambda pair: pair[0] - pair[1])
-            detail = (
-                f"model {model!r} needs {need:,} bytes with its KV cache; at most {room:,} can be "
-                f"had on a device: give the device more memory or the model less kv_memory"
-            )
-            return RejectReason.MODEL_TOO_LARGE, detail, None
-        return None
-
-    def _room(self, worker: WorkerInfo) -> int:
-        """Bytes that `worker` can have at most: its device less what pinned neighbours hold."""
-        device = device_key(worker.node, worker.device)
-        pinned = (
-            w.worker
-            for w in self.workers.values()
-            if w.model in self.settings.pinned and w.model != worker.model
-        )
-        held = (self.ledger.claims[w] for w in pinned if w in self.ledger.claims)
-        return self.ledger.capacity.get(device, 0) - sum(
-            claim.total for claim in held if claim.device == device
-        )
-
-    def _dispatch(self, now: float) -> Iterator[Command]:
-        for model in [m for m, queue in self.calls.queues.items() if queue]:
-            yield from self._dispatch_model(model, now)
-
-    def _dispatch_model(self, model: str, now: float) -> Iterator[Command]:
-        """Fill the free places in policy order; stop at the first call that does not fit.
-
-        No smaller call overtakes on memory: the head of the queue cannot starve.
-        """
-        closed = self._closed(now)
-        places = sum(
-            w.max_inflight - len(self.calls.on_worker(w.worker))
-            for w in open_workers(self.workers.values(), model, self.calls, closed)
-        )
-        if places <= 0:
-            return
-        ready = [c for c in self.calls.queued(model).values() if not self._held(c)]
-        for call in heapq.nsmallest(places, ready, key=lambda c: self._key(c, now)):
-            worker = self._place(call, closed)
-            if worker is None:
-                return
-            self.calls.start(call, worker.worker)
-            self.residencies.last_used[worker.worker] = now
-            run = self.runs.get(call.request.run)
-            priority = self.policy.priority(call, run, now)
-            yield Dispatch(self._next_id(), call.call, worker.worker, priority)
-
-    def _closed(self, now: float) -> set[str]:
-        """Workers that get no call now: leaving, making room, or under suspicion."""
-        self._suspects = {w: until for w, until in self._suspects.items() if now < until}
-        return self.residencies.closed() | set(self._suspects)
-
-    def _held(self, call: Call) -> bool:
-        """Whether the stage's join is still open: earlier calls of a source stage are live.
-
-        Only calls that arrived before it count, so that holding can never go in a circle.
-        """
-        wanted = call.request.waits_for
-        run = self.runs.get(call.request.run) if wanted else None
-        earlier = (self.calls.by_id[c] for c in run.live_calls) if run else ()
-        return any(c.order < call.order and c.request.stage in wanted for c in earlier)
-
-    def _key(self, call: Call, now: float) -> tuple[float, ...]:
-        return self.policy.key(call, self.runs.get(call.request.run), now)
-
-    def _place(self, call: Call, closed: set[str]) -> WorkerInfo | None:
-        """The best worker with memory for the call, its KV bytes reserved; None if none has."""
-        full: set[str] = set()
-        while True:
-            model = call.request.model
-            candidates = open_workers(self.workers.values(), model, self.calls, closed | full)
-            if not candidates:
-                return None
-            worker = best_worker(call, candidates, self.calls)
-            if reserve(call, worker, self.ledger):
-                return worker
-            full.add(worker.worker)
-
-    def _next_id(self) -> int:
-        self._commands += 1
-        return self._commands
+                    yield Reject(self._world.next_id(), call.call, reason, detail, retry_after_s)

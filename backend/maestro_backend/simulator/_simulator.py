@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from maestro_backend.scheduler import (
     CallArrived,
@@ -12,17 +13,21 @@ from maestro_backend.scheduler import (
     Command,
     CommandApplied,
     Dispatch,
+    DropPrefix,
     Event,
     ForecastCall,
     ForecastChanged,
+    KeepPrefix,
     Length,
     NodeInfo,
     NodeJoined,
+    Preempt,
     Reject,
     Residency,
     RunEnded,
     RunStarted,
     Scheduler,
+    SetKvLimit,
     SetResidency,
     WorkerChanged,
     WorkerInfo,
@@ -50,9 +55,13 @@ class CallTimes:
 
 @dataclass(slots=True)
 class Result:
-    """What came out. `calls` is keyed by (run, index of the call)."""
+    """What came out. `calls` is keyed by (run, index of the call).
+
+    `activations_s` is how long each move to the device took, in seconds.
+    """
 
     calls: dict[tuple[str, int], CallTimes] = field(default_factory=dict)
+    activations_s: list[float] = field(default_factory=list)
     log: list[tuple[float, Event, tuple[Command, ...]]] = field(default_factory=list)
 
     def makespan(self, run: SimRun) -> float | None:
@@ -66,7 +75,8 @@ class Simulator:
     """Runs `runs` through `scheduler` on one node.
 
     The scheduler sees predicted lengths (`predict`), never true ones, and of the future only the
-    direct followers of calls that have arrived. `validate` checks invariants at each event.
+    direct followers of calls that have arrived, not even those without `announce`. `validate`
+    checks invariants at each event.
     """
 
     def __init__(
@@ -78,6 +88,7 @@ class Simulator:
         *,
         predict: Callable[[SimCall], Length] = class_default,
         validate: bool = False,
+        announce: bool = True,
     ) -> None:
         self.scheduler = scheduler
         self.runs = {run.run: run for run in runs}
@@ -85,9 +96,11 @@ class Simulator:
         self.predict = predict
         self.result = Result()
         self.validate = validate
+        self.announce = announce
         self.now = 0.0
         self._sequence = 0
-        self._agenda: list[tuple[float, int, Event]] = []
+        self._agenda: list[tuple[float, int, Event | Callable[[], Event | None]]] = []
+        self._tries: dict[str, int] = {}
         self._workers = {w.model: w for w in node.workers}
         self._schedule(0.0, NodeJoined(node))
         for run in self.runs.values():
@@ -96,7 +109,10 @@ class Simulator:
     def run(self) -> Result:
         """Go on until nothing is left to happen."""
         while self._agenda:
-            self.now, _, event = heapq.heappop(self._agenda)
+            self.now, _, entry = heapq.heappop(self._agenda)
+            event = entry() if callable(entry) else entry
+            if event is None:
+                continue
             commands = self.scheduler.handle(event, self.now)
             self.result.log.append((self.now, event, tuple(commands)))
             if self.validate:
@@ -106,7 +122,7 @@ class Simulator:
                 self._execute(command)
         return self.result
 
-    def _schedule(self, at: float, event: Event) -> None:
+    def _schedule(self, at: float, event: Event | Callable[[], Event | None]) -> None:
         self._sequence += 1
         heapq.heappush(self._agenda, (at, self._sequence, event))
 
@@ -120,7 +136,8 @@ class Simulator:
         elif isinstance(event, CallArrived):
             run, index = self._find(event.call)
             self.result.calls[run.run, index] = CallTimes(self.now)
-            self._schedule(self.now, ForecastChanged(run.run, self._forecast(run, index)))
+            if self.announce:
+                self._schedule(self.now, ForecastChanged(run.run, self._forecast(run, index)))
         elif isinstance(event, CallFinished):
             run, index = self._find(event.call)
             self.result.calls[run.run, index].ended = self.now
@@ -178,32 +195,76 @@ class Simulator:
     def _execute(self, command: Command) -> None:
         match command:
             case Dispatch(call=call):
-                run, index = self._find(call)
-                self.result.calls[run.run, index].started = self.now
-                spec = run.calls[index]
-                service_s = self.engines[spec.model].service_s(
-                    spec.prompt_tokens, spec.output_tokens
-                )
-                finished = CallFinished(call, spec.prompt_tokens, spec.output_tokens)
-                self._schedule(self.now + service_s, finished)
+                self._serve(call)
             case Reject(call=call):
                 run, index = self._find(call)
                 self.result.calls[run.run, index].rejected = True
             case SetResidency():
                 self._move(command)
+            case SetKvLimit():
+                self._limit_kv(command)
+            case Preempt(call=call):
+                self._tries[call] += 1
+                self._schedule(self.now, CommandApplied(command.id))
+            case KeepPrefix() | DropPrefix():
+                self._schedule(self.now, CommandApplied(command.id))
+
+    def _serve(self, call: str) -> None:
+        """It ends when its service is over, unless it is taken off its worker before."""
+        run, index = self._find(call)
+        self.result.calls[run.run, index].started = self.now
+        spec = run.calls[index]
+        service_s = self.engines[spec.model].service_s(spec.prompt_tokens, spec.output_tokens)
+        finished = CallFinished(call, spec.prompt_tokens, spec.output_tokens)
+        mine = self._tries[call] = self._tries.get(call, 0) + 1
+        self._schedule(
+            self.now + service_s, lambda: finished if self._tries[call] == mine else None
+        )
 
     def _move(self, command: SetResidency) -> None:
-        worker = self._workers[command.model]
-        up = command.residency is Residency.DEVICE
-        if up:
-            self._change(worker, WorkerState.STARTING, Residency.DISK, self.now)
-        at = self.now + (self.engines[command.model].activation_s if up else 0.0)
-        self._change(
-            worker, WorkerState.READY if up else WorkerState.STOPPED, command.residency, at
-        )
+        start = self._workers[command.model]
+        took_s = self.engines[command.model].move_s(start.residency, command.residency)
+        state, on_the_way = _states(start, command.residency)
+        changes: dict[str, Any] = {}
+        if command.kv_limit_bytes is not None:
+            changes["kv_limit_bytes"] = command.kv_limit_bytes
+        self._change(command.model, self.now, state=on_the_way)
+        if command.residency is Residency.DEVICE:
+            self.result.activations_s.append(took_s)
+        elif command.residency is Residency.HOST:
+            changes["host_bytes"] = start.host_copy_bytes
+        else:
+            changes["host_bytes"] = 0
+        at = self.now + took_s
+        self._change(command.model, at, state=state, residency=command.residency, **changes)
         self._schedule(at, CommandApplied(command.id))
 
-    def _change(
-        self, worker: WorkerInfo, state: WorkerState, residency: Residency, at: float
-    ) -> None:
-        self._schedule(at, WorkerChanged(replace(worker, state=state, residency=residency)))
+    def _limit_kv(self, command: SetKvLimit) -> None:
+        model = command.worker.rpartition("/")[2]
+        at = self.now + self.engines[model].kv_limit_s
+        self._change(model, at, kv_limit_bytes=command.limit_bytes)
+        self._schedule(at, CommandApplied(command.id))
+
+    def _change(self, model: str, at: float, **changes: Any) -> None:
+        """The worker reports a change when its time has come."""
+
+        def change() -> Event:
+            self._workers[model] = replace(self._workers[model], **changes)
+            return WorkerChanged(self._workers[model])
+
+        self._schedule(at, change)
+
+
+def _states(info: WorkerInfo, end: Residency) -> tuple[WorkerState, WorkerState]:
+    """A worker's state after a move, and on the way there."""
+    alive = info.state in (WorkerState.READY, WorkerState.SUSPENDED)
+    match end:
+        case Residency.DEVICE:
+            return WorkerState.READY, WorkerState.RESUMING if alive else WorkerState.STARTING
+        case Residency.HOST | Residency.PARKED:
+            on_the_way = WorkerState.SUSPENDING if alive else WorkerState.STARTING
+            if info.state is WorkerState.SUSPENDED:
+                on_the_way = WorkerState.SUSPENDED
+            return WorkerState.SUSPENDED, on_the_way
+        case _:
+            return WorkerState.STOPPED, WorkerState.STOPPING

@@ -8,34 +8,53 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._account import Account, DoesNotFitError, Learned
     from ._address import MAX_ADDRESS_BYTES, file_name, runtime_dir, socket_path
     from ._engine import ENGINES, Engine, Launch, Memory, ServedModel, choose_engine
+    from ._process import end_stray
+    from ._record import WorkerRecord, read_records
+    from ._restart import Backoff
     from ._sources import Checkpoint, cache_dir, fetch, known_checkpoint
     from ._telling import telling_line
-    from ._worker import Backoff, DoesNotFitError, Worker
+    from ._worker import Worker
 
 __all__ = [
     "ENGINES",
     "MAX_ADDRESS_BYTES",
+    "Account",
     "Backoff",
     "Checkpoint",
     "DoesNotFitError",
     "Engine",
     "Launch",
+    "Learned",
     "Memory",
     "ServedModel",
     "Worker",
+    "WorkerRecord",
     "cache_dir",
     "choose_engine",
+    "end_stray",
     "fetch",
     "file_name",
     "known_checkpoint",
+    "read_records",
     "runtime_dir",
     "socket_path",
     "telling_line",
 ]
 
-_MODULES = ("_address", "_engine", "_sources", "_telling", "_worker")
+_MODULES = (
+    "_account",
+    "_address",
+    "_engine",
+    "_process",
+    "_record",
+    "_restart",
+    "_sources",
+    "_telling",
+    "_worker",
+)
 
 
 def __getattr__(name: str) -> Any:

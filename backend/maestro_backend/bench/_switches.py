@@ -1,0 +1,95 @@
+"""What switching models costs: activations, and the call time that waits for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from maestro_backend.scheduler import WorkerState
+
+_AWAY = (WorkerState.RESUMING, WorkerState.STARTING, WorkerState.RESTARTING)
+
+
+@dataclass(slots=True)
+class Switch:
+    """One activation of a model, from `begun` until it took calls, and the calls it was for.
+
+    `blocked_s` is what they waited for it, summed over calls; `lead_s` how long before its first
+    call the model was announced. Times in seconds.
+    """
+
+    model: str
+    begun: float
+    ready: float | None = None
+    blocked_s: float = 0.0
+    calls: int = 0
+    lead_s: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long the activation took."""
+        return 0.0 if self.ready is None else self.ready - self.begun
+
+    @property
+    def hideable(self) -> bool:
+        """Whether it was announced at least as early as it takes."""
+        return self.lead_s is not None and self.lead_s >= self.seconds
+
+
+@dataclass(slots=True)
+class Watch:
+    """Follows the workers of a gateway; `now` is the clock of its records."""
+
+    switches: list[Switch] = field(default_factory=list)
+    states: dict[str, WorkerState] = field(default_factory=dict)
+    put_aside: int = 0
+
+    def worker(self, model: str, state: WorkerState, now: float) -> None:
+        """A worker changed."""
+        before = self.states.get(model)
+        self.states[model] = state
+        if state in _AWAY and before not in _AWAY:
+            self.switches.append(Switch(model, now))
+        elif state is WorkerState.READY and (open_ := self._open(model)):
+            open_.ready = now
+        elif state in (WorkerState.SUSPENDED, WorkerState.STOPPED) and before is WorkerState.READY:
+            self.put_aside += 1
+
+    def account(self, calls: Iterable[dict[str, Any]]) -> None:
+        """Match ended calls (their records, in order of arrival) with the activations."""
+        for call in sorted(calls, key=lambda c: c["arrived"]):
+            dispatched = call["dispatched"]
+            for switch in self.switches:
+                if switch.model != call["model"] or dispatched is None or switch.ready is None:
+                    continue
+                overlap = min(dispatched, switch.ready) - max(call["arrived"], switch.begun)
+                switch.blocked_s += max(0.0, overlap)
+            self._serve(call)
+
+    def _serve(self, call: dict[str, Any]) -> None:
+        """The call belongs to the last activation that was ready when it was dispatched."""
+        if call["dispatched"] is None:
+            return
+        mine = [
+            s
+            for s in self.switches
+            if s.model == call["model"] and s.ready is not None and s.ready <= call["dispatched"]
+        ]
+        if not mine:
+            return
+        switch = mine[-1]
+        switch.calls += 1
+        if switch.lead_s is None:
+            switch.lead_s = call["lead_s"] or 0.0
+
+    def _open(self, model: str) -> Switch | None:
+        mine = [s for s in self.switches if s.model == model and s.ready is None]
+        return mine[-1] if mine else None
+
+
+def hidden(switches: Iterable[Switch]) -> float | None:
+    """1 - (call time blocked on activations) / (time of activations); None without any."""
+    some = [s for s in switches if s.ready is not None]
+    total = sum(s.seconds for s in some)
+    return round(1 - sum(s.blocked_s for s in some) / total, 4) if total else None

@@ -199,7 +199,14 @@ class Residencies:
         short = kv_limit - self._kv_room(info) - world.coming(_device(info))
         if short <= 0:
             return []  # enough is on its way already
-        steps = find_room(world, info, short, now, lambda w: self._may_leave(w, demand))
+        steps = find_room(
+            world,
+            info,
+            short,
+            now,
+            lambda w: self._may_leave(w, demand),
+            lambda w: self._may_leave(w, demand, Residency.DISK),
+        )
         if steps is None and self._impatient(demand, now):
             steps = find_room(world, info, short, now, lambda w: self._may_drain(w, demand))
         if steps is None:
@@ -251,8 +258,8 @@ class Residencies:
         ]
         return sorted(older, key=lambda w: (used.get(w.worker, 0.0), w.worker))
 
-    def _may_leave(self, info: WorkerInfo, demand: Demand) -> bool:
-        """Whether an idle worker may make room for the demand."""
+    def _may_leave(self, info: WorkerInfo, demand: Demand, to: Residency = Residency.HOST) -> bool:
+        """Whether an idle worker may make room for the demand, by going as far as `to`."""
         world = self._world
         if info.model in world.settings.pinned or info.model == demand.model:
             return False
@@ -261,10 +268,10 @@ class Residencies:
         if not world.idle(info):
             return False
         at = world.runs.expected_at(info.model)
-        if at is None or demand.oldest is not None:
+        if at is None or demand.oldest is not None or world.settings.look_ahead == "all":
             return True
         # Against thrashing: it could be back before it is needed, the newcomer having been used.
-        back_s = min((s for s in info.activation_s.values() if s > 0), default=0.0)
+        back_s = info.activation_s.get(to, 0.0)
         return demand.expected_at is not None and demand.expected_at + back_s < at
 
     def _impatient(self, demand: Demand, now: float) -> bool:

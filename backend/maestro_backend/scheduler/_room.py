@@ -1,8 +1,9 @@
 """How to make room on a device: the gentlest steps that free enough bytes.
 
 Idle workers' KV shrinks to its floor, then that of busy ones to what is in use, then weights of
-idle workers leave the device, and only then processes are stopped. The least recently used first;
-what a run expects last.
+idle workers leave the device. A process is stopped only where its residual itself is needed: where
+putting all weights aside would not be enough. The least recently used first; what a run expects
+last.
 """
 
 from __future__ import annotations
@@ -33,15 +34,24 @@ class Step:
 
 
 def find_room(
-    world: World, wanted: WorkerInfo, short: int, now: float, leaves: Leaves
+    world: World,
+    wanted: WorkerInfo,
+    short: int,
+    now: float,
+    leaves: Leaves,
+    ends: Leaves | None = None,
 ) -> list[Step] | None:
     """Steps that free `short` bytes on the device of `wanted`; None if all would not be enough.
 
-    `leaves` says which workers may give up their weights, or be stopped.
+    `leaves` says which workers may give up their weights, `ends` which may be stopped: the same
+    ones, if it is not given.
     """
     plan: dict[str, Step] = {}
-    room = Room(world, wanted, now, leaves)
-    for kind in (room.shrinks, room.evictions, room.suspends, room.stops):
+    room = Room(world, wanted, now, leaves, ends or leaves)
+    kinds = [room.shrinks, room.evictions, room.suspends]
+    if room.without_weights() < short:
+        kinds.append(room.stops)
+    for kind in kinds:
         for step in kind():
             if _gain(plan) >= short:
                 break
@@ -53,15 +63,19 @@ def find_room(
 class Room:
     """The neighbours of one worker, and what each could give."""
 
-    def __init__(self, world: World, wanted: WorkerInfo, now: float, leaves: Leaves) -> None:
+    def __init__(
+        self, world: World, wanted: WorkerInfo, now: float, leaves: Leaves, ends: Leaves
+    ) -> None:
         self._world = world
+        self._now = now
         self._leaves = leaves
+        self._ends = ends
         device = device_key(wanted.node, wanted.device)
+        self._others = [w for w in world.on_device(device) if w.worker != wanted.worker]
         neighbours = (
             w
-            for w in world.on_device(device)
-            if w.worker != wanted.worker
-            and w.state in _SETTLED
+            for w in self._others
+            if w.state in _SETTLED
             and world.move_of(w.worker) is None
             and not world.resting(w.worker, now)
         )
@@ -104,11 +118,24 @@ class Room:
             gain = claim.weights + claim.kv_limit - limit
             yield Step(info, gain, limit if limit < info.kv_limit_bytes else None, tier)
 
+    def without_weights(self) -> int:
+        """Bytes that would be free if all KV were shrunk and all weights put aside that can be,
+        also of workers that are busy now."""
+        return sum(map(self._could_free, self._others))
+
+    def _could_free(self, info: WorkerInfo) -> int:
+        world = self._world
+        claim = world.ledger.claims[info.worker]
+        tier = put_aside(info, tiers_of(world, info), world.ledger.host_free(info.node))
+        stays = tier is None or info.model in world.settings.pinned
+        kv = claim.kv_limit - kv_least(info) if info.elastic else 0
+        return max(0, kv) + (0 if stays else claim.weights)
+
     def stops(self) -> Iterator[Step]:
         """Whole processes that may leave, those without weights on the device first."""
         ready = [w.state is WorkerState.READY for w in self._neighbours]
         for _, info in sorted(zip(ready, self._neighbours, strict=True), key=lambda pair: pair[0]):
-            if Residency.DISK in info.tiers and self._leaves(info):
+            if Residency.DISK in info.tiers and self._ends(info):
                 total = self._world.ledger.claims[info.worker].total
                 yield Step(info, total, residency=Residency.DISK)
 
@@ -117,7 +144,10 @@ class Room:
 
     def _shrink(self, info: WorkerInfo, needed: int, *, evicts: bool = False) -> Step | None:
         limit = max(kv_least(info), needed)
-        if not info.elastic or info.worker in self._world.changes or limit >= info.kv_limit_bytes:
+        world = self._world
+        if not info.elastic or limit >= info.kv_limit_bytes:
+            return None
+        if info.worker in world.changes or world.limit_resting(info.worker, self._now):
             return None
         return Step(info, info.kv_limit_bytes - limit, limit, evicts=evicts)
 

@@ -223,7 +223,8 @@ class Scheduler:
         self.ledger.drop_node(event.node)
         for worker in gone:
             del self.workers[worker]
-            for about in (world.changes, world.rests, world.refused, self.residencies.draining):
+            rests = (world.rests, world.limit_rests)
+            for about in (world.changes, *rests, world.refused, self.residencies.draining):
                 about.pop(worker, None)
             self.residencies.broken.discard(worker)
         if not self.workers:
@@ -259,7 +260,7 @@ class Scheduler:
         if info.kv_limit_bytes > change.limit:
             world.changes[worker] = replace(change, applied=now)
         elif info.kv_limit_bytes < change.limit:
-            self._rest(worker, now)  # it gave less than was asked for: not at once again
+            self._rest_limit(worker, now)  # it gave less than was asked for
         self._account(worker)
 
     def _command_failed(self, event: ev.CommandFailed, now: float) -> Iterator[Command]:
@@ -270,7 +271,7 @@ class Scheduler:
             self._account(move.worker)
         elif worker := self._changing(event.command):
             del world.changes[worker]
-            self._rest(worker, now)
+            self._rest_limit(worker, now)
             self._account(worker)
         elif keep := world.keeps.pop(event.command, None):
             worker, name = keep
@@ -310,6 +311,9 @@ class Scheduler:
     def _rest(self, worker: str, now: float) -> None:
         self._world.rests[worker] = now + self.settings.rest_s
 
+    def _rest_limit(self, worker: str, now: float) -> None:
+        self._world.limit_rests[worker] = now + self.settings.rest_s
+
     def _changing(self, command: int) -> str | None:
         """The worker whose KV limit the command changes."""
         changes = self._world.changes.items()
@@ -331,7 +335,7 @@ class Scheduler:
         for worker, change in list(self._world.changes.items()):
             if change.applied is not None and now - change.applied > self.settings.rest_s:
                 del self._world.changes[worker]
-                self._rest(worker, now)
+                self._rest_limit(worker, now)
                 self._account(worker)
 
     # --- planning -------------------------------------------------------------------------------

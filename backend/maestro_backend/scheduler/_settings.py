@@ -42,6 +42,7 @@ class Settings:
     keep_grace_s: float = 60.0
     """It is kept so long beyond the earliest start of that call."""
     look_ahead: Literal["none", "likely", "all"] = "likely"
-    """Which calls of a forecast count as expected: for comparisons, none or all of them."""
+    """Which calls of a forecast count as expected. For comparisons: none, or all of them, and what
+    is idle makes room for them whether it is expected or not."""
     tiers: tuple[Residency, ...] = tuple(Residency)
     """The residencies that may be used."""

@@ -75,7 +75,7 @@ class Shortage:
         world = self._world
         if not info.elastic or used > kv_most(info) or info.worker in world.changes:
             return
-        if world.move_of(info.worker) is not None or world.resting(info.worker, now):
+        if world.move_of(info.worker) is not None or world.limit_resting(info.worker, now):
             return
         free = world.ledger.free(claim.device)
         short = used - claim.kv_limit - free

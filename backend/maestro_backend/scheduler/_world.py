@@ -105,7 +105,9 @@ class World:
         self.keeps: dict[int, tuple[str, str]] = {}
         """KeepPrefix under way: worker and call."""
         self.rests: dict[str, float] = {}
-        """Worker -> until when it is not asked again for what failed."""
+        """Worker -> until when it is not put away again, which failed."""
+        self.limit_rests: dict[str, float] = {}
+        """Worker -> until when its KV limit is not changed again, which failed."""
         self.refused: dict[str, frozenset[Residency]] = {}
         """Worker -> the tiers that its weights could not be put aside in, since it last moved."""
         self.last_used: dict[str, float] = {}
@@ -123,6 +125,9 @@ class World:
 
     def resting(self, worker: str, now: float) -> bool:
         return now < self.rests.get(worker, now)
+
+    def limit_resting(self, worker: str, now: float) -> bool:
+        return now < self.limit_rests.get(worker, now)
 
     def idle(self, info: WorkerInfo) -> bool:
         """Whether no call runs there and none waits for its model."""

@@ -20,7 +20,7 @@ class KvCache:
         self._core = core
         self.blocks = blocks
         self.block_bytes = total_bytes // blocks.built
-        self._releasable = releasable
+        self._asked = blocks.built * self.block_bytes
         self._whole: ElasticKv | FixedKv | None = None
         if not releasable:
             floor = blocks.floor * self.block_bytes
@@ -38,13 +38,15 @@ class KvCache:
         blocks, size = self.blocks, self.block_bytes
         pinned = blocks.pinned
         whole = self._whole
+        # A limit is what was asked for, though only whole blocks of it can be used.
+        held = blocks.held * size if blocks.held > blocks.limit else self._asked
         return {
             "elastic": self.elastic,
             "block_bytes": size,
             "built_bytes": whole.max_bytes if whole else blocks.built * size,
             "floor_bytes": whole.floor_bytes if whole else blocks.floor * size,
-            "limit_bytes": whole.limit_bytes if whole else blocks.limit * size,
-            "held_bytes": whole.held_bytes() if whole else blocks.held * size,
+            "limit_bytes": whole.limit_bytes if whole else self._asked,
+            "held_bytes": whole.held_bytes() if whole else held,
             "used_bytes": (blocks.held - 1 - blocks.free - pinned) * size,
             "cached_bytes": blocks.cached * size,
             "pinned_bytes": pinned * size,
@@ -65,6 +67,7 @@ class KvCache:
                 f"a KV limit of {limit_bytes} bytes is refused: one request of max_model_len takes"
                 f" {now['floor_bytes']}, and the cache was built with {now['built_bytes']}"
             )
+        self._asked = limit_bytes
         self._release(self.blocks.set_limit(limit_bytes // self.block_bytes))
 
     def settle(self) -> None:

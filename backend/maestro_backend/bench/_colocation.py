@@ -25,10 +25,9 @@ from maestro_backend.scheduler import (
     Residency,
     Settings,
     WorkerInfo,
-    WorkerState,
 )
 
-from ._engines import say
+from ._engines import say, worker_of
 from ._switches import Switch, Watch, hidden
 from ._workload import App, RecordedRun, recorded_runs
 
@@ -38,6 +37,12 @@ MODELS = {
     "judge": "random:llama-60m",
     "trader": "random:llama-30m",
 }
+_STUB: dict[str, dict[str, Any]] = {
+    name: {"weights_bytes": mib * 1024**2, "resume_s": 0.1, "decode_tokens_s": 200.0}
+    for name, mib in (("smollm2", 96), ("writer", 64), ("judge", 48), ("trader", 32))
+}
+"""What stands in for the models on stub engines: a smoke test, no measurement."""
+
 SYSTEMS = {
     "restart": Settings(look_ahead="none", tiers=(Residency.DEVICE, Residency.DISK)),
     "lru": Settings(look_ahead="none"),
@@ -93,6 +98,7 @@ def _config(engine: str, state: Path) -> Config:
             "kv_memory": "256MiB",
             "max_model_len": 2048,
             "max_num_seqs": 8,
+            **({"engine_args": _STUB[name]} if engine == "stub" else {}),
         }
         for name, source in MODELS.items()
     }
@@ -128,9 +134,17 @@ async def _measure_budget(config: Config) -> int:
             say(f"starting {model} ...")
             await node.set_residency(model, Residency.DEVICE)
             await node.set_residency(model, Residency.HOST)
+            await _shrink(node, model)
         workers = (await node.info()).workers
     weights = sorted(w.weights_bytes for w in workers)[-2:]
     return sum(weights) + sum(w.residual_bytes + w.kv_floor_bytes for w in workers)
+
+
+async def _shrink(node: LocalNode, model: str) -> None:
+    """Its KV cache to the floor."""
+    worker = await worker_of(node, model)
+    if worker.elastic:
+        await node.set_kv_limit(model, worker.kv_floor_bytes)
 
 
 class _System:
@@ -206,15 +220,16 @@ class _System:
         }
 
     async def _put_away(self, tier: Residency) -> None:
-        """The same beginning for each system."""
-        for worker in (await self._node.info()).workers:
+        """The same beginning for each system: first what makes room, then what takes it."""
+        workers = (await self._node.info()).workers
+        for worker in sorted(workers, key=lambda w: w.residency is Residency.DISK):
             if worker.residency is not tier:
                 if worker.residency is Residency.DISK:
-                    await self._node.set_residency(worker.model, Residency.DEVICE)
+                    floor = worker.kv_floor_bytes if worker.elastic else None
+                    await self._node.set_residency(worker.model, Residency.DEVICE, floor)
                 await self._node.set_residency(worker.model, tier)
-        for worker in (await self._node.info()).workers:
-            if worker.state is WorkerState.SUSPENDED:
-                await self._node.set_kv_limit(worker.model, worker.kv_floor_bytes)
+            if tier is not Residency.DISK:
+                await _shrink(self._node, worker.model)
 
     @asynccontextmanager
     async def _watching(self, served: Serving) -> AsyncIterator[None]:

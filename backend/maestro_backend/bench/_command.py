@@ -13,7 +13,7 @@ from maestro_agents.protocol import ConfigError
 
 from ._colocation import SYSTEMS, Plan, bench_colocation
 from ._engines import say
-from ._kv import bench_kv
+from ._kv import STEP_S, bench_kv
 from ._residency import CYCLES, STARTS, bench_residency
 
 Run = Callable[[Callable[[asyncio.Event], Coroutine[Any, Any, int]]], int]
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON on stdout")
     parser.add_argument("--cycles", type=int, default=CYCLES, help="residency: cycles per tier")
     parser.add_argument("--starts", type=int, default=STARTS, help="residency: process starts")
+    parser.add_argument("--step-s", type=float, default=STEP_S, help="kv: seconds at each limit")
     parser.add_argument("--runs", type=int, default=6, help="colocation: recorded runs per system")
     parser.add_argument("--at-once", type=int, default=1, help="colocation: runs at any time")
     parser.add_argument(
@@ -62,6 +63,6 @@ async def _bench(options: argparse.Namespace) -> dict[str, Any]:
     if options.name == "residency":
         return await bench_residency(options.engine, options.cycles, options.starts)
     if options.name == "kv":
-        return await bench_kv(options.engine)
+        return await bench_kv(options.engine, options.step_s)
     plan = Plan(options.engine, options.runs, options.at_once, tuple(options.systems))
     return await bench_colocation(plan)

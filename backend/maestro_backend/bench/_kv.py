@@ -20,7 +20,8 @@ _SHARES = (1.0, 0.6, 0.3, 0.0, 0.4, 0.8, 0.2, 1.0, 0.0, 1.0)
 """Limits to step through: 0 is the floor, 1 all that was built."""
 
 _CALLERS = 6
-_SETTLE_S = 8.0
+STEP_S = 8.0
+"""How long the load goes on at each limit, in seconds."""
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class Load:
                     self.served += 1
 
 
-async def bench_kv(engine: str) -> dict[str, Any]:
+async def bench_kv(engine: str, step_s: float = STEP_S) -> dict[str, Any]:
     """Step the limit up and down under load, then ask the same at each limit without load.
 
     `time_to_applied_s` is from the order until no more than the limit is held, `rss_error` the
@@ -55,8 +56,8 @@ async def bench_kv(engine: str) -> dict[str, Any]:
         base = pss_bytes(worker.pid or 0) - kv_resident
         load = Load()
         callers = [asyncio.create_task(load.run(worker, i)) for i in range(_CALLERS)]
-        await asyncio.sleep(_SETTLE_S)
-        steps = [await _step(node, worker, share, base) for share in _SHARES]
+        await asyncio.sleep(step_s)
+        steps = [await _step(node, worker, share, base, step_s) for share in _SHARES]
         for task in callers:
             task.cancel()
         await asyncio.gather(*callers, return_exceptions=True)
@@ -80,13 +81,15 @@ async def bench_kv(engine: str) -> dict[str, Any]:
     }
 
 
-async def _step(node: LocalNode, worker: WorkerInfo, share: float, base: int) -> dict[str, Any]:
+async def _step(
+    node: LocalNode, worker: WorkerInfo, share: float, base: int, step_s: float
+) -> dict[str, Any]:
     before = (await worker_of(node)).kv_limit_bytes
     limit = _limit(worker, share)
     started = time.monotonic()
     await node.set_kv_limit(MODEL, limit)
     applied_s = time.monotonic() - started
-    await asyncio.sleep(_SETTLE_S)
+    await asyncio.sleep(step_s)
     kv = await asyncio.to_thread(pss_bytes, worker.pid or 0) - base
     step = {
         "limit_bytes": limit,

@@ -8,6 +8,7 @@ from typing import Any
 
 from maestro_backend.scheduler import WorkerState
 
+_LEAVING = (WorkerState.SUSPENDING, WorkerState.STOPPING)
 _AWAY = (WorkerState.RESUMING, WorkerState.STARTING, WorkerState.RESTARTING)
 
 
@@ -53,7 +54,7 @@ class Watch:
             self.switches.append(Switch(model, now))
         elif state is WorkerState.READY and (open_ := self._open(model)):
             open_.ready = now
-        elif state in (WorkerState.SUSPENDED, WorkerState.STOPPED) and before is WorkerState.READY:
+        elif state in _LEAVING and before is WorkerState.READY:
             self.put_aside += 1
 
     def account(self, calls: Iterable[dict[str, Any]]) -> None:

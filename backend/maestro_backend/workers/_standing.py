@@ -105,11 +105,19 @@ class Standing:
         self.set(
             WorkerState.READY if on_device else WorkerState.SUSPENDED,
             residency=status.residency,
+            weights_bytes=self._weighed(status),
             kv_limit_bytes=kv_bytes,
             host_bytes=status.host_bytes,
             activation_s=dict(self.learned.activation_s(self.info.model)),
             detail=detail,
         )
+
+    def _weighed(self, status: WorkerStatus) -> int:
+        """What its weights take: an engine may know it only once they have left the device."""
+        if status.residency is Residency.DEVICE or not status.weights:
+            return self.info.weights_bytes
+        self.learned.weighed(self.info.model, status.weights)
+        return status.weights
 
     def release(self) -> None:
         """Give everything back."""

@@ -154,6 +154,28 @@ def test_a_process_is_stopped_only_where_its_residual_is_needed() -> None:
     core.validate()
 
 
+def test_no_process_is_stopped_where_the_weights_of_a_busy_one_will_do_later() -> None:
+    """A stop would cost a cold start; the call that runs now ends sooner."""
+    a, c = tiered("a"), tiered("c", state=SUSPENDED)
+    heavy = replace(tiered("b", state=SUSPENDED), residual_bytes=2 * WEIGHTS)
+    capacity = ALIVE + FLOOR + 2 * WEIGHTS + ASIDE
+    core = scheduler(a, heavy, c, capacity=capacity, host=4 * WEIGHTS)
+    core.handle(arrival("busy", model="a"), 0.5)
+    assert moves(core.handle(arrival("x", model="c"), 1.0)) == []
+    assert moves(core.handle(CallFinished("busy"), 2.0)) == [("a", HOST)]
+
+
+def test_a_limit_that_was_rounded_down_keeps_nobody_from_making_room() -> None:
+    a, b = tiered("a"), tiered("b", state=SUSPENDED)
+    core = scheduler(a, b, capacity=ALIVE + ASIDE + 200, host=4 * WEIGHTS)
+    [grow] = core.handle(arrival("x", model="a", kv=FLOOR + 50), 1.0)
+    assert isinstance(grow, SetKvLimit)
+    given = replace(a, kv_limit_bytes=grow.limit_bytes - 5)
+    assert dispatched(done(core, grow, given, 1.5)) == ["x"]
+    core.handle(CallFinished("x"), 2.0)
+    assert moves(core.handle(arrival("y", model="b"), 2.1)) == [("a", HOST)]
+
+
 def test_idle_kv_shrinks_before_weights_leave() -> None:
     rich, wanted = tiered("a", kv=MOST), tiered("b", state=STOPPED)
     core = scheduler(rich, wanted, capacity=2 * ALIVE, host=4 * WEIGHTS)

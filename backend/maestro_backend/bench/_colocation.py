@@ -67,7 +67,7 @@ async def bench_colocation(plan: Plan) -> dict[str, Any]:
 
     `switch_time_hidden` = 1 - (call time blocked on activations, summed over calls) / (time of
     activations); `where_announced` counts only the activations of models that were announced at
-    least as early as their activation takes.
+    least as early as their activation takes; `hidden_per_switch` only the call that waits longest.
     """
     with tempfile.TemporaryDirectory(prefix="maestro-bench-") as state:
         config = _config(plan.engine, Path(state))
@@ -201,6 +201,7 @@ class _System:
         return {
             "switch_time_hidden": hidden(switches),
             "where_announced": hidden(s for s in switches if s.hideable),
+            "hidden_per_switch": hidden(switches, longest=True),
             "activations": len(switches),
             "announced": sum(s.hideable for s in switches),
             "unused": sum(s.calls == 0 for s in switches),

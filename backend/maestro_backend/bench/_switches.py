@@ -16,14 +16,15 @@ _AWAY = (WorkerState.RESUMING, WorkerState.STARTING, WorkerState.RESTARTING)
 class Switch:
     """One activation of a model, from `begun` until it took calls, and the calls it was for.
 
-    `blocked_s` is what they waited for it, summed over calls; `lead_s` how long before its first
-    call the model was announced. Times in seconds.
+    `blocked_s` is what they waited for it, summed over calls, `longest_s` the longest of these
+    waits; `lead_s` how long before its first call the model was announced. Times in seconds.
     """
 
     model: str
     begun: float
     ready: float | None = None
     blocked_s: float = 0.0
+    longest_s: float = 0.0
     calls: int = 0
     lead_s: float | None = None
 
@@ -64,8 +65,9 @@ class Watch:
             for switch in self.switches:
                 if switch.model != call["model"] or dispatched is None or switch.ready is None:
                     continue
-                overlap = min(dispatched, switch.ready) - max(call["arrived"], switch.begun)
-                switch.blocked_s += max(0.0, overlap)
+                blocked = min(dispatched, switch.ready) - max(call["arrived"], switch.begun)
+                switch.blocked_s += max(0.0, blocked)
+                switch.longest_s = max(switch.longest_s, blocked)
             self._serve(call)
 
     def _serve(self, call: dict[str, Any]) -> None:
@@ -89,8 +91,13 @@ class Watch:
         return mine[-1] if mine else None
 
 
-def hidden(switches: Iterable[Switch]) -> float | None:
-    """1 - (call time blocked on activations) / (time of activations); None without any."""
+def hidden(switches: Iterable[Switch], *, longest: bool = False) -> float | None:
+    """1 - (call time blocked on activations) / (time of activations); None without any.
+
+    Every call that waits counts, so that a stage of four calls that wait for one activation is
+    four times its time; with `longest` only the one that waits longest counts.
+    """
     some = [s for s in switches if s.ready is not None]
     total = sum(s.seconds for s in some)
-    return round(1 - sum(s.blocked_s for s in some) / total, 4) if total else None
+    blocked = sum(s.longest_s if longest else s.blocked_s for s in some)
+    return round(1 - blocked / total, 4) if total else None

@@ -70,7 +70,7 @@ class CpuWeights:
         self._runner = model_runner
         self._shapes: dict[str, torch.Size] = {}
         self._copy: HostCopy | None = None
-        self._freed = 0
+        self._weighed = 0
         self.on_device = True
         _trim()
         gc.freeze()  # what is here stays: later collections need not look at it again
@@ -82,8 +82,8 @@ class CpuWeights:
 
     @property
     def device_bytes(self) -> int:
-        """What the weights take, as measured by the last suspend; 0 before the first."""
-        return self._freed
+        """What the weights take, as measured by the first suspend; 0 before it."""
+        return self._weighed
 
     @property
     def host_bytes(self) -> int:
@@ -126,8 +126,9 @@ class CpuWeights:
         before = _anonymous_bytes()
         self._empty()
         self.on_device = False
-        self._freed = max(0, before - _anonymous_bytes())
-        return self._freed
+        freed = max(0, before - _anonymous_bytes())
+        self._weighed = self._weighed or freed  # the ledger wants one figure, not each time's
+        return freed
 
     def resume(self) -> None:
         """Load them again; on a failure they are off as before, and a later try may work."""

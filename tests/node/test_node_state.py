@@ -1,4 +1,4 @@
-"""The files of a state folder: one agent at a time, sockets that stay, JSON that people can read."""
+"""The files of a state folder: one agent at a time, sockets that stay, JSON for people to read."""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ def test_colocation(tmp_path: Path) -> None:
     for system in result["systems"].values():
         assert system["calls"] == 12
         assert system["over_budget"] is False
+        assert system["peak_bytes"] > 0
         assert {"switch_time_hidden", "switches", "peak_bytes"} <= set(system)
 
 

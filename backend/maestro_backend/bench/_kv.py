@@ -20,6 +20,7 @@ _SHARES = (1.0, 0.6, 0.3, 0.0, 0.4, 0.8, 0.2, 1.0, 0.0, 1.0)
 """Limits to step through: 0 is the floor, 1 all that was built."""
 
 _CALLERS = 6
+_POLL_S = 0.05
 STEP_S = 8.0
 """How long the load goes on at each limit, in seconds."""
 
@@ -60,9 +61,10 @@ async def bench_kv(engine: str, step_s: float = STEP_S) -> dict[str, Any]:
         steps = [await _step(node, worker, share, base, step_s) for share in _SHARES]
         for task in callers:
             task.cancel()
-        await asyncio.gather(*callers, return_exceptions=True)
+        ends = await asyncio.gather(*callers, return_exceptions=True)
+        load.failed += [repr(e) for e in ends if not isinstance(e, asyncio.CancelledError)]
         identical = await _same_at_each_limit(node, worker)
-    shrinks = [step for step in steps if step["shrink"]]
+    shrinks = [step for step in steps if step["change"] < 0]
     return {
         "bench": "kv",
         "engine": engine,
@@ -70,7 +72,7 @@ async def bench_kv(engine: str, step_s: float = STEP_S) -> dict[str, Any]:
         "steps": steps,
         "time_to_applied_s": {
             "shrink": spread(step["applied_s"] for step in shrinks),
-            "grow": spread(step["applied_s"] for step in steps if not step["shrink"]),
+            "grow": spread(step["applied_s"] for step in steps if step["change"] > 0),
         },
         "rss_error": round(max(step["rss_error"] for step in shrinks), 4),
         "rss_over_limit": round(max(step["over"] for step in steps), 4),
@@ -87,13 +89,14 @@ async def _step(
     before = (await worker_of(node)).kv_limit_bytes
     limit = _limit(worker, share)
     started = time.monotonic()
-    await node.set_kv_limit(MODEL, limit)
+    while await node.set_kv_limit(MODEL, limit) > limit:
+        await asyncio.sleep(_POLL_S)
     applied_s = time.monotonic() - started
     await asyncio.sleep(step_s)
     kv = await asyncio.to_thread(pss_bytes, worker.pid or 0) - base
     step = {
         "limit_bytes": limit,
-        "shrink": limit < before,
+        "change": limit - before,
         "applied_s": round(applied_s, 3),
         "kv_rss_bytes": kv,
         "rss_error": round(abs(kv - limit) / limit, 4),

@@ -71,13 +71,14 @@ class Watch:
             self._serve(call)
 
     def _serve(self, call: dict[str, Any]) -> None:
-        """The call belongs to the last activation that was ready when it was dispatched."""
+        """The call belongs to the last activation before it was dispatched. When that was ready is
+        heard a little later here than by the gateway, so its beginning counts."""
         if call["dispatched"] is None:
             return
         mine = [
             s
             for s in self.switches
-            if s.model == call["model"] and s.ready is not None and s.ready <= call["dispatched"]
+            if s.model == call["model"] and s.ready is not None and s.begun <= call["dispatched"]
         ]
         if not mine:
             return
@@ -95,9 +96,10 @@ def hidden(switches: Iterable[Switch], *, longest: bool = False) -> float | None
     """1 - (call time blocked on activations) / (time of activations); None without any.
 
     Every call that waits counts, so that a stage of four calls that wait for one activation is
-    four times its time; with `longest` only the one that waits longest counts.
+    four times its time; with `longest` only the one that waits longest counts. Activations that no
+    call used hide nothing, and do not count.
     """
-    some = [s for s in switches if s.ready is not None]
+    some = [s for s in switches if s.ready is not None and s.calls]
     total = sum(s.seconds for s in some)
     blocked = sum(s.longest_s if longest else s.blocked_s for s in some)
     return round(1 - blocked / total, 4) if total else None

@@ -103,6 +103,7 @@ class App:
 
     def __init__(self, url: str, system: str) -> None:
         self._system = system
+        self._played = 0
         self._workflow = workflow()
         self._http = httpx.AsyncClient(base_url=url, timeout=None, headers=_JSON)
         self.outcome = Outcome()
@@ -118,12 +119,12 @@ class App:
 
     async def play(self, runs: Sequence[RecordedRun], at_once: int) -> Outcome:
         """Play all runs, `at_once` of them at any time."""
-        waiting = list(enumerate(runs))
+        waiting = list(runs)
 
         async def player() -> None:
             while waiting:
-                number, run = waiting.pop(0)
-                await self._run(f"{self._system}-{number}", run)
+                self._played += 1
+                await self._run(f"{self._system}-{self._played}", waiting.pop(0))
 
         await asyncio.gather(*(player() for _ in range(at_once)))
         return self.outcome

@@ -42,7 +42,8 @@ class ProgressPoll:
         self._shell = shell
         self._mute: set[str] = set()
         """Addresses of engines without the route."""
-        self._told: dict[str, int] = {}
+        self._told: dict[tuple[str, int], int] = {}
+        """By call and try: tokens so far."""
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -57,7 +58,7 @@ class ProgressPoll:
                     clients[address] = _client(address)
                 await asyncio.gather(*(self._ask(a, clients[a]) for a in addresses))
                 running = self._shell.scheduler.calls.by_id
-                self._told = {call: told for call, told in self._told.items() if call in running}
+                self._told = {key: told for key, told in self._told.items() if key[0] in running}
         finally:
             for client in clients.values():
                 await client.aclose()
@@ -87,8 +88,9 @@ class ProgressPoll:
             record.output_tokens = max(record.output_tokens, request.generated_tokens)
             ahead = _AHEAD if request.generated_tokens else 0
             tokens = max(request.computed_tokens, request.generated_tokens) + ahead
-            if tokens > self._told.get(request.call, 0):
-                self._told[request.call] = tokens
+            key = (request.call, record.attempts)
+            if tokens > self._told.get(key, 0):
+                self._told[key] = tokens
                 prompt = max(0, request.computed_tokens - request.generated_tokens)
                 self._shell.handle(CallProgress(request.call, prompt, tokens - prompt))
 

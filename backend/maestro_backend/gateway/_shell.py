@@ -158,6 +158,7 @@ class Shell:
     def _requeue(self, record: CallRecord, reason: str) -> None:
         record.status, record.error = CallStatus.QUEUED, reason
         record.dispatched = record.first_token = None
+        record.output_tokens = 0
         self._places[record.call] = asyncio.get_running_loop().create_future()
         self.publish(record)
 

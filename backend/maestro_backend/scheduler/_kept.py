@@ -29,6 +29,7 @@ class KeptPrefixes:
         model = call.request.model
         run.last_ended[model] = EndedCall(call.call, call.worker, tokens, now)
         yield from self._drop(run.run, model)
+        yield from self._let_go(run)
         yield from self._keep(run, model, now)
 
     def review(self, run: Run, now: float) -> Iterator[Command]:
@@ -36,12 +37,14 @@ class KeptPrefixes:
         for model in run.last_ended:
             if not self._seconds(run, model, now):
                 yield from self._drop(run.run, model)
-            elif not self._holds(run.run, model):
+            elif not self._holds(run.run, model) and not self._runs(run, model):
                 yield from self._keep(run, model, now)
 
     def forget(self, run: str) -> Iterator[Command]:
         """The run is over."""
         yield from self._drop(run, None)
+        if state := self._world.runs.get(run):
+            yield from self._let_go(state)
 
     def expire(self, now: float) -> None:
         """What was kept long enough: the worker lets go of it by itself."""
@@ -51,12 +54,24 @@ class KeptPrefixes:
     def absorb(self, call: Call, worker: str) -> None:
         """A call is about to start where its run's prefix is kept: it holds those bytes itself."""
         claim = self._world.ledger.claims[worker]
-        run, model = call.request.run, call.request.model
-        claim.kept = {
-            name: kept
-            for name, kept in claim.kept.items()
-            if (kept.run, kept.model) != (run, model)
-        }
+        mine = (call.request.run, call.request.model)
+        taken = [name for name, kept in claim.kept.items() if (kept.run, kept.model) == mine]
+        for name in taken:
+            del claim.kept[name]
+        if run := self._world.runs.get(call.request.run):
+            run.absorbed += [(worker, name) for name in taken]
+
+    def _let_go(self, run: Run) -> Iterator[Command]:
+        """The worker still holds what later calls of the run have taken over."""
+        for worker, call in run.absorbed:
+            if worker in self._world.ledger.claims:
+                yield self._world.drop_prefix(worker, call)
+        run.absorbed.clear()
+
+    def _runs(self, run: Run, model: str) -> bool:
+        """Whether a call of the run holds the prefix itself now."""
+        calls = (self._world.calls.by_id[call] for call in run.live_calls)
+        return any(c.request.model == model and c.worker is not None for c in calls)
 
     def _keep(self, run: Run, model: str, now: float) -> Iterator[Command]:
         last, seconds = run.last_ended[model], self._seconds(run, model, now)

@@ -127,10 +127,11 @@ class Residencies:
         return info.state in _COMING and not leaves
 
     def _fetching(self, model: str) -> bool:
-        return any(
-            w.model == model and w.residency is Residency.REMOTE and self._world.move_of(w.worker)
-            for w in self._world.workers.values()
+        """Whether its checkpoint is on the way to the disk: its start comes after that."""
+        moves = (
+            self._world.move_of(w.worker) for w in self._world.workers.values() if w.model == model
         )
+        return any(move is not None and move.residency is Residency.DISK for move in moves)
 
     # --- bringing in ----------------------------------------------------------------------------
 
@@ -208,10 +209,34 @@ class Residencies:
             lambda w: self._may_leave(w, demand, Residency.DISK),
         )
         if steps is None and self._impatient(demand, now):
-            steps = find_room(world, info, short, now, lambda w: self._may_drain(w, demand))
+            steps = find_room(
+                world, info, short, now, lambda w: self._may_drain(w, demand), at_any_price=True
+            )
         if steps is None:
             return None
+        if self._host_room_comes(steps):
+            return []
         return list(self._free_host(steps, now)) or list(self._take(steps, demand))
+
+    def _host_room_comes(self, steps: list[Step]) -> bool:
+        """Whether a copy that is being given up makes room in host memory for these weights."""
+        world = self._world
+        for step in steps:
+            if step.residency is not Residency.PARKED or Residency.HOST not in step.worker.tiers:
+                continue
+            leaving = (
+                w.host_bytes
+                for w in world.workers.values()
+                if w.node == step.worker.node
+                and w.residency is Residency.HOST
+                and (move := world.move_of(w.worker))
+                and move.residency is Residency.PARKED
+            )
+            coming = sum(leaving)
+            short = copy_bytes(step.worker) - world.ledger.host_free(step.worker.node)
+            if coming and short <= coming:
+                return True
+        return False
 
     def _take(self, steps: list[Step], demand: Demand) -> Iterator[Command]:
         for step in steps:

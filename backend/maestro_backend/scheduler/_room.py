@@ -40,16 +40,18 @@ def find_room(
     now: float,
     leaves: Leaves,
     ends: Leaves | None = None,
+    *,
+    at_any_price: bool = False,
 ) -> list[Step] | None:
     """Steps that free `short` bytes on the device of `wanted`; None if all would not be enough.
 
     `leaves` says which workers may give up their weights, `ends` which may be stopped: the same
-    ones, if it is not given.
+    ones, if it is not given. `at_any_price` stops a process also where waiting might do.
     """
     plan: dict[str, Step] = {}
     room = Room(world, wanted, now, leaves, ends or leaves)
     kinds = [room.shrinks, room.evictions, room.suspends]
-    if room.without_weights() < short:
+    if at_any_price or room.without_weights() < short:
         kinds.append(room.stops)
     for kind in kinds:
         for step in kind():
@@ -120,16 +122,21 @@ class Room:
 
     def without_weights(self) -> int:
         """Bytes that would be free if all KV were shrunk and all weights put aside that can be,
-        also of workers that are busy now."""
-        return sum(map(self._could_free, self._others))
+        also of workers that are busy now. What has just failed does not count."""
+        promised: dict[str, int] = {}
+        return sum(self._could_free(info, promised) for info in self._others)
 
-    def _could_free(self, info: WorkerInfo) -> int:
-        world = self._world
-        claim = world.ledger.claims[info.worker]
-        tier = put_aside(info, tiers_of(world, info), world.ledger.host_free(info.node))
-        stays = tier is None or info.model in world.settings.pinned
-        kv = claim.kv_limit - kv_least(info) if info.elastic else 0
-        return max(0, kv) + (0 if stays else claim.weights)
+    def _could_free(self, info: WorkerInfo, promised: dict[str, int]) -> int:
+        world, claim = self._world, self._world.ledger.claims[info.worker]
+        room = world.ledger.host_free(info.node) - promised.get(info.node, 0)
+        tier = put_aside(info, tiers_of(world, info), room)
+        resting = world.limit_resting(info.worker, self._now) or info.worker in world.changes
+        kv = 0 if resting or not info.elastic else max(0, claim.kv_limit - kv_least(info))
+        if tier is None or info.model in world.settings.pinned or not claim.weights:
+            return kv
+        if tier is Residency.HOST:
+            promised[info.node] = promised.get(info.node, 0) + copy_bytes(info)
+        return kv + claim.weights
 
     def stops(self) -> Iterator[Step]:
         """Whole processes that may leave, those without weights on the device first."""

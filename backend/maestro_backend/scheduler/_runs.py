@@ -33,6 +33,8 @@ class Run:
     """What the likely part of the forecast needs, and when at the earliest (seconds)."""
     last_ended: dict[str, EndedCall] = field(default_factory=dict)
     """By model."""
+    absorbed: list[tuple[str, str]] = field(default_factory=list)
+    """Worker and call of kept prefixes that a later call has taken over: to be let go of."""
     live_calls: set[str] = field(default_factory=set)
     paused_at: float | None = None
     last_seen: float = 0.0

@@ -157,6 +157,23 @@ class Reader(type(ENGINES["stub"])):  # type: ignore[misc]  # a class that is on
     needs_checkpoint = True
 
 
+async def test_a_move_longer_than_the_lease_does_not_end_the_worker(home: Home) -> None:
+    worker = home.worker(tied=False, lease_s=4, engine_args={"suspend_s": 8.0})
+    await worker.bring(DEVICE)
+    pid = worker.info.pid
+    await worker.bring(HOST)
+    assert (worker.info.state, worker.info.pid) == (WorkerState.SUSPENDED, pid)
+    await worker.stop()
+
+
+async def test_a_lost_log_does_not_hide_a_live_worker(home: Home) -> None:
+    async with left(home, DEVICE) as record:
+        Path(record.log).unlink()
+        worker = home.worker(tied=False)
+        assert await worker.adopt(record)
+        assert worker.info.pid == record.pid
+
+
 async def test_a_checkpoint_comes_from_afar_and_goes_again(home: Home, tmp_path: Path) -> None:
     share = tmp_path / "share"
     share.mkdir()

@@ -95,6 +95,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         self.blocks.enforce()
+        assert self.blocks.limit - self.blocks.pinned >= FLOOR
 
     @precondition(lambda self: self.ended)
     @rule(data=st.data())

@@ -64,7 +64,8 @@ async def test_a_worker_killed_while_away_is_stopped_and_can_be_brought_back(
 ) -> None:
     told = await answer(vllm_node, "tiny")
     await vllm_node.set_residency("tiny", Residency.PARKED)
-    pid = (await worker_of(vllm_node, "tiny")).pid
+    away = await worker_of(vllm_node, "tiny")
+    pid = away.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     dead = await wait_for(vllm_node, lambda w: w.model == "tiny" and w.state is WorkerState.STOPPED)
@@ -72,6 +73,8 @@ async def test_a_worker_killed_while_away_is_stopped_and_can_be_brought_back(
     assert "tiny" not in (await vllm_node.memory())["workers"]
     await vllm_node.set_residency("tiny", Residency.DEVICE)
     assert await answer(vllm_node, "tiny") == told
+    back = await worker_of(vllm_node, "tiny")
+    assert back.weights_bytes == away.weights_bytes, "once measured, no estimate any more"
 
 
 async def test_a_call_that_comes_in_the_middle_of_a_move_is_answered(vllm_node: LocalNode) -> None:

@@ -130,12 +130,12 @@ class Agent:
             MaestroError: the worker could not be brought there.
         """
         worker = await self._worker(model)
-        if self._closed and residency is not Residency.DISK:
-            raise BackendError("the node agent is stopping")
         try:
-            if residency is Residency.HOST:
+            if residency is Residency.HOST and not self._closed:
                 await self._make_host_room(worker)
             async with self._turn(worker, residency):
+                if self._closed and residency is not Residency.DISK:
+                    raise BackendError("the node agent is stopping")
                 await worker.bring(residency, kv_limit_bytes)
         finally:
             self._moved.pop(model, None)

@@ -155,6 +155,10 @@ class Control:
         if answer.is_success:
             return dict(answer.json())
         told = _error_text(answer)
+        if answer.is_server_error:
+            raise BackendError(
+                f"the engine failed at /maestro/{path}: {told or answer.status_code}"
+            )
         if told is None:
             raise _UnknownError(f"the engine has no /maestro/{path} ({answer.status_code})")
         raise WorkerRefusedError(told)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ _GRACE_S = 10.0
 _HEALTH_EVERY_S = 2.0
 _MISSES = 3
 _POLL_S = 0.25
+_RENEW_S = 10.0
 _STARTING_GRACE_S = 1.0  # an engine that has no calls yet has nothing to finish
 _START_LIMIT_S = 1800.0
 
@@ -77,7 +79,11 @@ class Lives:
         ready_at = None if adopted is None else time.monotonic()
         self.process = process
         try:
-            async with Probe(self._address) as probe, Control(self._address) as control:
+            async with (
+                Probe(self._address) as probe,
+                Control(self._address) as control,
+                self._leasing(control),
+            ):
                 if adopted is None:
                     self._write_record(process)
                     await while_running(process, self._become_ready(process, probe, control))
@@ -94,6 +100,23 @@ class Lives:
         finally:
             await self._let_go(process, _STARTING_GRACE_S if ready_at is None else _GRACE_S)
         raise AssertionError("attending ends with an error")
+
+    @asynccontextmanager
+    async def _leasing(self, control: Control) -> AsyncIterator[None]:
+        """Renew its lease, whatever else it is told meanwhile: a long move must not end it."""
+
+        async def renew(lease_s: float) -> None:
+            while True:
+                with suppress(BackendError):  # what does not answer this time is asked again
+                    await control.renew_lease(lease_s)
+                await asyncio.sleep(min(_RENEW_S, lease_s / 4))
+
+        renewing = None if self._lease_s is None else asyncio.create_task(renew(self._lease_s))
+        try:
+            yield
+        finally:
+            if renewing is not None:
+                renewing.cancel()
 
     def _start(self, checkpoint_lock: int | None) -> EngineProcess:
         self._address.unlink(missing_ok=True)
@@ -273,8 +296,6 @@ class Lives:
         if not await probe.healthy():
             return False
         with suppress(BackendError):  # what does not answer this time is asked again
-            if self._lease_s is not None and live.status is not None:
-                await live.control.renew_lease(self._lease_s)
             if live.follows:
                 await live.follow()
         return True

@@ -91,7 +91,8 @@ class EngineProcess:
             BackendError: it is gone.
         """
         log = Path(record.log)
-        process = cls(record.pid, record.create_time, log, log.stat().st_size)
+        written = log.stat().st_size if log.exists() else 0
+        process = cls(record.pid, record.create_time, log, written)
         if not record.lives():  # looked at after the handle was opened, so that both are the same
             process.forget()
             raise BackendError(f"the process {record.pid} of {record.model} is gone")
@@ -104,6 +105,8 @@ class EngineProcess:
 
     def output(self) -> str:
         """The end of what it has written since this start."""
+        if not self._log.exists():
+            return ""
         with self._log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - _TAIL_BYTES))

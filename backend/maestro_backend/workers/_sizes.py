@@ -85,7 +85,8 @@ class Sizes:
 
     def _weights(self, model: ServedModel, status: WorkerStatus | None) -> int:
         if status is None or not status.weights:
-            return self._engine.memory(model).weights_bytes
+            learned = self._learned.weights_bytes(model.name)
+            return learned or self._engine.memory(model).weights_bytes
         self._learned.weighed(model.name, status.weights)
         return status.weights
 

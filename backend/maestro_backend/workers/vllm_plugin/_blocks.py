@@ -84,9 +84,10 @@ class Blocks:
 
     def enforce(self) -> list[int]:
         """Take what is free while more than the limit is held: unhashed blocks first, then the
-        least recently used prefixes, at last the kept ones that end soonest."""
+        least recently used prefixes, at last the kept ones that end soonest. What is kept always
+        leaves a longest request its room."""
         taken = self._take(self.held - self.limit)
-        while self.held > self.limit and self.kept:
+        while self.kept and (self.held > self.limit or self.limit - self.pinned < self.floor):
             self.drop(min(self.kept, key=lambda call: self.kept[call].expires), evict=True)
             taken += self._take(self.held - self.limit)
         return [block.block_id for block in self._quarantine] if taken else []

@@ -42,7 +42,8 @@ class Control:
     async def start(self) -> None:
         """Set the first limit and lease, and begin to look after both."""
         if limit := os.environ.get("MAESTRO_KV_LIMIT"):
-            await self.limit_kv(int(limit))
+            built = (await self._core("maestro_kv"))["built_bytes"]  # in whole blocks
+            await self.limit_kv(min(int(limit), built))
         if lease := os.environ.get("MAESTRO_LEASE_S"):
             self.renew_lease(float(lease))
         self._tasks.append(asyncio.create_task(self._settle()))
@@ -53,6 +54,7 @@ class Control:
         """The worker as it is now; sizes in bytes."""
         kv = await self._core("maestro_kv")
         [memory, *_] = await self._workers("maestro_memory")
+        memory.pop("on_device")
         return {
             "residency": self._tier,
             "requests": kv.pop("requests"),
@@ -90,16 +92,25 @@ class Control:
             return 0
         if self._tier == "device":
             await self._engine.pause_generation(mode="keep", clear_cache=False)
-            await self._core("maestro_trim")
         try:
+            await self._core("maestro_trim")
             done = self._all_checked(
                 await self._workers("maestro_suspend", tier, host_budget_bytes)
             )
-            self._tier = tier
-        finally:
-            if self._tier == "device":
-                await self._engine.resume_generation()
+        except BaseException:
+            await self._look_where_it_is()
+            raise
+        self._tier = tier
         return sum(answer["freed_bytes"] for answer in done)
+
+    async def _look_where_it_is(self) -> None:
+        """After a move that failed: calls go on only where the weights are on the device."""
+        memory = await self._workers("maestro_memory")
+        if all(worker["on_device"] for worker in memory):
+            self._tier = "device"
+            await self._engine.resume_generation()
+        elif self._tier == "device":
+            self._tier = "host" if all(worker["host_bytes"] for worker in memory) else "parked"
 
     def _all_checked(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [self._checked(answer) for answer in answers]

@@ -5,6 +5,7 @@ They are reached by `collective_rpc("maestro_...")`, one call at a time, between
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from . import _kv_memory
@@ -21,6 +22,7 @@ class WorkerExtension:
         `host_copy_bytes` of a copy if there were one, `kv_resident_bytes` of the KV cache."""
         weights = self._maestro_weights
         return {
+            "on_device": weights.on_device,
             "tiers": weights.tiers,
             "device_bytes": weights.device_bytes,
             "host_bytes": weights.host_bytes,
@@ -57,7 +59,8 @@ class WorkerExtension:
             return {"error": str(error)}
         if tier == "parked":
             weights.drop_copy()
-            weights.forget_pages()
+            with suppress(OSError):  # a page cache that stays costs nobody the move
+                weights.forget_pages()
         return {"freed_bytes": freed}
 
     def maestro_resume(self) -> dict[str, Any]:

@@ -100,6 +100,8 @@ class Endpoint:
                 return JSONResponse({"error": str(error)}, error.status)
             except (KeyError, TypeError, ValueError) as error:
                 return JSONResponse({"error": f"malformed body: {error!r}"}, 400)
+            except Exception as error:
+                return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
 
         return serve
 

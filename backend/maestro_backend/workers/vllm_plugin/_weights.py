@@ -13,6 +13,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class CpuWeights:
     @property
     def host_copy_bytes(self) -> int:
         """What a host copy takes; 0 where the checkpoint has no safetensors to copy."""
-        return sum(os.stat(file).st_size for file in self._files())
+        return sum(os.stat(file).st_size for file in self._files)
 
     def keep_copy(self, budget_bytes: int | None) -> None:
         """Read the checkpoint into host memory, unless it is there.
@@ -109,7 +110,7 @@ class CpuWeights:
         if budget_bytes is not None and size > budget_bytes:
             raise MemoryError(f"a copy takes {size} bytes of host memory, {budget_bytes} are free")
         try:
-            self._copy = HostCopy(self._files())
+            self._copy = HostCopy(self._files)
         except OSError as error:
             raise MemoryError(f"no host memory for a copy of {size} bytes: {error}") from error
 
@@ -150,7 +151,7 @@ class CpuWeights:
 
     def forget_pages(self) -> None:
         """Ask the kernel to drop the checkpoint's page cache: parked weights hold no memory."""
-        for file in self._files():
+        for file in self._files:
             fd = os.open(file, os.O_RDONLY)
             try:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -184,8 +185,9 @@ class CpuWeights:
             if getattr(module, "cpu_linear", self) is None:
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
+    @cached_property
     def _files(self) -> list[str]:
-        """The safetensors files that vLLM's loader reads."""
+        """The safetensors files that vLLM's loader reads; of a hub it would ask each time."""
         from vllm.model_executor.model_loader import get_model_loader
 
         config = self._runner.model_config

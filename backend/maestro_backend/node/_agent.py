@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +233,7 @@ class Agent:
         spare = [
             other
             for other in (self._workers[name] for name in self._moved if name != model)
-            if other.info.residency is Residency.DEVICE and other.info.host_bytes
+            if other.info.state is WorkerState.READY and other.info.host_bytes
         ]
         room = self._ledger.host_room(model)
         if room + sum(other.info.host_bytes for other in spare) < need:
@@ -242,7 +242,8 @@ class Agent:
             if self._ledger.host_room(model) >= need:
                 return
             log.info("%s gives up its copy in host memory", other.info.model)
-            await other.drop_host_copy()
+            with suppress(BackendError):  # it has just left the device itself
+                await other.drop_host_copy()
 
     def _publish(self, change: Change) -> None:
         if isinstance(change, WorkerInfo):

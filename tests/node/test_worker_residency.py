@@ -347,3 +347,23 @@ async def test_an_engine_without_the_control_api(home: Home) -> None:
     await failure(worker.keep_prefix("c1", 60))
     assert (await chat(worker)).status_code == 200
     await worker.bring(DEVICE, KV)
+
+
+async def test_an_order_that_cannot_be_is_refused_alone(home: Home) -> None:
+    """Another that waits behind it is carried out all the same."""
+    home.ledger = Ledger([DeviceInfo("cpu", 400 * MIB)], 0)
+    worker = home.worker()
+    aside, here = await asyncio.gather(
+        worker.bring(HOST), worker.bring(DEVICE), return_exceptions=True
+    )
+    assert isinstance(aside, DoesNotFitError)
+    assert here is None
+    assert worker.info.state is WorkerState.READY
+
+
+async def test_a_start_with_an_impossible_limit_fails_nothing_but_the_order(home: Home) -> None:
+    worker = home.worker()
+    assert "max_model_len" in str(await failure(worker.bring(DEVICE, 1)))
+    assert worker.info.state is WorkerState.STOPPED
+    await worker.bring(DEVICE)
+    assert worker.info.state is WorkerState.READY

@@ -315,7 +315,11 @@ class Worker:
     async def _with_checkpoint(self, process: EngineProcess | None) -> str:
         with self._model.hold() as checkpoint_lock:
             if process is None:
-                self._claim(self._orders.first)
+                try:
+                    self._claim(self._orders.first)
+                except MaestroError as error:  # that order's own mistake: the next may do
+                    self._orders.refuse(error)
+                    return str(error)
             return await self._keep_alive(process, checkpoint_lock)
 
     def _claim(self, order: Order) -> None:

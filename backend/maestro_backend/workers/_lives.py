@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_agents.protocol import BackendError, MaestroError
+from maestro_backend._tied import LEASE_VARIABLE
 from maestro_backend.scheduler import Residency, WorkerState
 
 from ._account import DoesNotFitError
@@ -126,7 +127,7 @@ class Lives:
         if info.elastic and info.kv_limit_bytes < info.kv_max_bytes:
             environment["MAESTRO_KV_LIMIT"] = str(info.kv_limit_bytes)
         if self._lease_s is not None:
-            environment["MAESTRO_LEASE_S"] = f"{self._lease_s:g}"
+            environment[LEASE_VARIABLE] = f"{self._lease_s:g}"
         self._fingerprint = self._fingerprint_of(launch)
         launch = replace(launch, environment=environment)
         return EngineProcess.start(launch, self._log, checkpoint_lock)

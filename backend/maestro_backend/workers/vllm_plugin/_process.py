@@ -8,13 +8,10 @@ import signal
 import sys
 from importlib import metadata
 
-from maestro_backend._tied import PARENT_VARIABLE, tie_to_parent
+from maestro_backend._tied import LEASE_VARIABLE, PARENT_VARIABLE, tie_to_parent
 
 _BUILT_FOR_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
-
-LEASE = "MAESTRO_LEASE_S"
-"""Seconds that a server may live without its node agent: it is not tied to it then."""
 
 _SERVER = "MAESTRO_SERVER_PID"
 
@@ -27,7 +24,7 @@ def join_worker() -> None:
     """
     hide_mismatched_packages()
     server = os.environ.setdefault(_SERVER, str(os.getpid()))
-    if LEASE in os.environ and server == str(os.getpid()):
+    if LEASE_VARIABLE in os.environ and server == str(os.getpid()):
         os.environ.pop(PARENT_VARIABLE, None)
     else:
         _die_with_parent()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._account import Account, DoesNotFitError, Learned
-    from ._address import MAX_ADDRESS_BYTES, file_name, runtime_dir, socket_path
+    from ._address import MAX_ADDRESS_BYTES, file_name, socket_path
     from ._engine import ENGINES, Engine, Launch, Memory, ServedModel, choose_engine
     from ._process import end_stray
     from ._record import WorkerRecord, read_records
@@ -39,7 +39,6 @@ __all__ = [
     "file_name",
     "known_checkpoint",
     "read_records",
-    "runtime_dir",
     "socket_path",
     "telling_line",
 ]

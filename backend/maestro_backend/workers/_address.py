@@ -5,27 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from pathlib import Path
 
 from maestro_agents.protocol import ConfigError
 
 MAX_ADDRESS_BYTES = 107
-_ROOM_FOR_NAME = 40
-
-
-def runtime_dir() -> Path:
-    """A new private folder with a path short enough for sockets; the caller removes it.
-
-    Raises:
-        ConfigError: no temporary folder has a short enough path.
-    """
-    candidates = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
-    for base in candidates:
-        room = MAX_ADDRESS_BYTES - len(os.fsencode(base)) - len("/maestro-12345678/")
-        if base and room >= _ROOM_FOR_NAME and os.access(base, os.W_OK):
-            return Path(tempfile.mkdtemp(prefix="maestro-", dir=base))
-    raise ConfigError("no temporary folder with a short path; set TMPDIR to one, such as /tmp")
 
 
 def socket_path(folder: Path, name: str) -> Path:

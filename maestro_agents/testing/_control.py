@@ -26,6 +26,7 @@ class Control:
         self._lease = lease
         self._turn = asyncio.Lock()
         self._failures = engine.settings.fail_resume
+        self._kv_away = False
         self.routes: Mapping[tuple[str, str], Handler] = {
             ("GET", "/maestro/worker"): self._worker,
             ("GET", "/maestro/progress"): self._progress,
@@ -56,7 +57,10 @@ class Control:
     def _kv(self) -> dict[str, int]:
         kv, block = self._engine.kv, self._block_bytes
         names = ("built", "floor", "limit", "held", "used", "cached", "pinned")
-        return {"block_bytes": block, **{f"{n}_bytes": getattr(kv, n) * block for n in names}}
+        sizes = {n: getattr(kv, n) for n in names}
+        if self._kv_away:
+            sizes["held"] = 0
+        return {"block_bytes": block, **{f"{n}_bytes": size * block for n, size in sizes.items()}}
 
     @property
     def _block_bytes(self) -> int:
@@ -101,10 +105,20 @@ class Control:
             if resumes and self._failures:
                 self._failures -= 1
                 raise RefusedError(409, "planned failure of a resume")
-            return weights.bring(wanted)
+            freed = weights.bring(wanted)
+            self._kv_away = not resumes and (self._kv_away or self._kv_may_leave())
+            return freed
         finally:
             if weights.residency == "device":
                 engine.resident.set()
+
+    def _kv_may_leave(self) -> bool:
+        """A cache of one size leaves as a whole, and only while nothing is held in it."""
+        kv = self._engine.kv
+        if self._engine.settings.elastic or kv.used or kv.pinned:
+            return False
+        kv.forget()
+        return True
 
     async def _drop_copy(self, body: Body) -> Body:
         async with self._turn:

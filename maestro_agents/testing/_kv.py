@@ -104,6 +104,11 @@ class KvCache:
         self._expiry[call] = loop.call_later(seconds, self.drop, call)
         return more
 
+    def forget(self) -> None:
+        """What ended calls have left is gone."""
+        self._cached.clear()
+        self.cached = 0
+
     def drop(self, call: str) -> None:
         """Keep it no longer."""
         if (timer := self._expiry.pop(call, None)) is not None:

@@ -15,6 +15,7 @@ from maestro_agents.protocol import BackendError
 from maestro_agents.testing import StubEngine
 from maestro_backend.config import Config
 from maestro_backend.gateway import Serving, Shell, serving
+from maestro_backend.node import NodeLostError
 from maestro_backend.scheduler import (
     DeviceInfo,
     DeviceMeasured,
@@ -40,6 +41,8 @@ class StaticNode:
         self.measured: list[DeviceMeasured] = []
         self.answer: BackendError | None = BackendError("a static node moves nothing")
         """Why it moves nothing; None: it moves everything at once."""
+        self.gone = False
+        """It answers nothing, though the stream of its changes has not ended yet."""
         self.keeps = True
         self._changed = asyncio.Event()
 
@@ -47,6 +50,8 @@ class StaticNode:
         return await self.info()
 
     async def info(self) -> NodeInfo:
+        if self.gone:
+            raise NodeLostError("gone")
         return NodeInfo("n", (DeviceInfo("cpu", 64 * GIB),), tuple(self.workers.values()))
 
     async def changes(self) -> AsyncIterator[WorkerInfo | DeviceMeasured]:

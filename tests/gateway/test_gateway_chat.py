@@ -258,13 +258,24 @@ async def test_a_model_that_cannot_be_brought_in_is_503_with_the_reason(tmp_path
 
 async def test_a_node_lost_while_it_brings_a_model_in_fails_no_call(tmp_path: Path) -> None:
     async with gateway(tmp_path) as g:
-        g.node.answer = NodeLostError("gone")
+        g.node.answer, g.node.gone = NodeLostError("gone"), True
         g.node.change("n/big", state=WorkerState.STOPPED, residency=Residency.DISK)
         await g.until(lambda: g.shell.scheduler.workers["n/big"].state == "stopped")
         waiting = asyncio.create_task(g.chat())
         await g.until(lambda: ("big", Residency.DEVICE) in g.node.moves)
         g.node.change("n/big", state=WorkerState.READY, residency=Residency.DEVICE)
         assert (await waiting).status_code == 200
+
+
+async def test_a_request_to_the_node_that_breaks_alone_is_answered(tmp_path: Path) -> None:
+    """The node lives on: nothing else would ever tell that the model does not come."""
+    async with gateway(tmp_path) as g:
+        g.node.answer = NodeLostError("the connection broke")
+        g.node.change("n/big", state=WorkerState.STOPPED, residency=Residency.DISK)
+        await g.until(lambda: g.shell.scheduler.workers["n/big"].state == "stopped")
+        reply = await g.chat()
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_failed")
+        assert "the connection broke" in reply.json()["error"]["message"]
 
 
 async def test_the_window_bounds_what_the_engine_holds(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import psutil
@@ -12,6 +13,8 @@ from maestro_backend.scheduler import WorkerInfo
 
 MakeConfig = Callable[..., Config]
 
+_PATIENCE_S = 60.0
+
 
 async def worker_of(node: LocalNode, model: str) -> WorkerInfo:
     """The worker of `model` now."""
@@ -20,9 +23,10 @@ async def worker_of(node: LocalNode, model: str) -> WorkerInfo:
 
 async def wait_for(node: LocalNode, holds: Callable[[WorkerInfo], bool]) -> WorkerInfo:
     """The first reported worker, now or later, for which `holds`."""
-    async for change in node.changes():
-        if isinstance(change, WorkerInfo) and holds(change):
-            return change
+    async with asyncio.timeout(_PATIENCE_S):
+        async for change in node.changes():
+            if isinstance(change, WorkerInfo) and holds(change):
+                return change
     raise AssertionError("the stream of changes ended")
 
 

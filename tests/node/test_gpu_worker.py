@@ -395,6 +395,29 @@ def test_a_failed_reload_is_parked_again(vllm: FakeVllm, worker: Worker, weights
     assert vllm.gpu.contents() == before
 
 
+@pytest.mark.parametrize("copied", [True, False])
+def test_the_kv_cache_leaves_after_the_weights_and_comes_back_with_them(
+    vllm: FakeVllm, worker: Worker, weights: Any, copied: bool
+) -> None:
+    before, kv = vllm.gpu.contents(), vllm.gpu.allocate("kv_cache", b"kv" * 50)
+    assert weights.takes_kv_along
+    assert weights.release_kv() == 0, "the model needs it"
+    weights.keep_copy(None) if copied else None
+    weights.suspend()
+    assert [weights.release_kv(), weights.release_kv(), vllm.gpu.used] == [100, 0, 0]
+    vllm.gpu.fail["map"] = 3  # the cache is the last
+    worker.fail_reload = not copied
+    for words in ("out of memory",) if copied else ("out of memory", "disk is gone"):
+        with pytest.raises((RuntimeError, OSError), match=words):
+            weights.resume()
+        assert vllm.gpu.used == 0
+    worker.fail_reload = False
+    weights.resume()
+    assert vllm.gpu.contents() == before and kv in vllm.gpu.mapped
+    weights.suspend()
+    assert vllm.gpu.used == 100, "it leaves only when asked for"
+
+
 def test_a_failed_return_stays_where_it_was(vllm: FakeVllm, weights: Any) -> None:
     before = vllm.gpu.contents()
     weights.keep_copy(None)

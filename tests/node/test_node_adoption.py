@@ -67,9 +67,17 @@ async def ask(worker: WorkerInfo, path: str = "/maestro/worker") -> dict[str, An
         return dict((await http.get(path)).raise_for_status().json())
 
 
+async def all_known(node: LocalNode) -> dict[str, Any]:
+    """The memory report once every worker has told what it takes."""
+    async with asyncio.timeout(10):
+        while (memory := await node.memory())["expected"]:
+            await asyncio.sleep(0.02)
+    return memory
+
+
 async def check_the_books(node: LocalNode) -> None:
     """Every worker is where it says it is, and the ledger holds what that takes: no more."""
-    claims = (await node.memory())["workers"]
+    claims = (await all_known(node))["workers"]
     for worker in (await node.info()).workers:
         claim = claims.pop(worker.model, None)
         if worker.pid is None:
@@ -213,12 +221,52 @@ async def test_a_worker_that_hangs_keeps_nobody_waiting(stub_config: MakeConfig)
         hung.suspend()
         joined = {w.model: w for w in (await node.join()).workers}
         assert (joined["a"].state, joined["b"].state) == (STOPPED, READY)
-        assert (await node.memory())["workers"]["a"]["weights_bytes"] == 50 * MIB
+        [expected] = (await node.memory())["expected"].values()
+        assert expected["most_bytes"] >= 50 * MIB
         await node.set_residency("a", DEVICE)
         again = await worker_of(node, "a")
         assert (again.state, again.pid == pid) == (READY, False)
         assert survivors([hung], timeout=0) == []
         await check_the_books(node)
+
+
+async def test_weights_on_their_way_back_are_counted_before_they_are_there(
+    stub_config: MakeConfig,
+) -> None:
+    """The room is for the weights of one; the worker itself still says that it is suspended."""
+    slow = {"engine_args": {**WEIGHTS, "resume_s": 3.0}}
+    config = stub_config(memory="320MiB", a=slow, b={"engine_args": WEIGHTS})
+    async with leased(config) as node:
+        for model in "ba":
+            await node.set_residency(model, DEVICE)
+            await node.set_residency(model, HOST)
+        task = asyncio.create_task(node.set_residency("a", DEVICE))
+        await wait_for(node, lambda w: w.state is WorkerState.RESUMING)
+        kill_agent(node)
+        with pytest.raises(BackendError, match="agent is gone"):
+            await task
+        await node.join()
+        assert (await worker_of(node, "a")).residency is HOST
+        with pytest.raises(BackendError, match="does not fit"):
+            await node.set_residency("b", DEVICE)
+        await check_the_books(node)
+        assert (await worker_of(node, "a")).residency is HOST
+        await node.set_residency("b", DEVICE)
+
+
+async def test_a_stray_counts_until_it_is_gone(stub_config: MakeConfig) -> None:
+    """Its model is in no configuration any more; it is slow to end."""
+    async with leased(stub_config(memory="300MiB", a={"engine_args": WEIGHTS})) as before:
+        await before.set_residency("a", DEVICE)
+        stray = psutil.Process((await worker_of(before, "a")).pid)
+        kill_agent(before)
+        stray.suspend()
+        async with leased(stub_config(memory="300MiB", b={"engine_args": WEIGHTS})) as node:
+            with pytest.raises(BackendError, match=r"does not fit.*a 0\.1"):
+                await node.set_residency("b", DEVICE)
+            await all_known(node)
+            assert survivors([stray], timeout=0) == []
+            await node.set_residency("b", DEVICE)
 
 
 async def test_an_agent_killed_in_the_middle_of_a_start(stub_config: MakeConfig) -> None:
@@ -259,7 +307,17 @@ async def test_a_pid_that_was_given_again_is_left_alone(stub_config: MakeConfig)
     config = stub_config(a={})
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as innocent:
         created = psutil.Process(innocent.pid).create_time()
-        old = WorkerRecord("a", innocent.pid, created - 3600, "/x", "f", "/x.log", created - 3600)
+        old = WorkerRecord(
+            model="a",
+            device="cpu",
+            most_bytes=MIB,
+            pid=innocent.pid,
+            create_time=created - 3600,
+            address="/x",
+            fingerprint="f",
+            log="/x.log",
+            started=created - 3600,
+        )
         old.write(config.state_dir / "workers" / "a.json")
         async with leased(config) as node:
             assert (await worker_of(node, "a")).state is STOPPED

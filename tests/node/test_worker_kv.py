@@ -26,9 +26,7 @@ from node.homes import (
 from maestro_agents.protocol import UnsupportedError
 from maestro_backend.node._ledger import Ledger
 from maestro_backend.scheduler import DeviceInfo, WorkerState
-from maestro_backend.workers import (
-    DoesNotFitError,
-)
+from maestro_backend.workers import DoesNotFitError, Memory
 
 # --- the KV limit ---------------------------------------------------------------------------------
 
@@ -104,7 +102,44 @@ async def test_a_cache_of_one_size(home: Home) -> None:
     assert not worker.info.elastic
     await failure(worker.set_kv_limit(MIB), UnsupportedError)
     await worker.bring(HOST)
+    assert worker.info.kv_limit_bytes == 0
+    assert home.held() == (RESIDUAL, WEIGHTS)
+    await worker.bring(PARKED)
+    assert home.held() == (RESIDUAL, 0)
     await worker.bring(DEVICE)
+    assert worker.info.kv_limit_bytes == KV
+    assert home.held() == (WEIGHTS + KV + RESIDUAL, 0)
+
+
+async def test_a_cache_of_one_size_stays_while_something_is_in_it(home: Home) -> None:
+    slow = {"decode_tokens_s": 20, "output_tokens": 20}
+    worker = home.worker(engine_args={"elastic": False, **slow})
+    await worker.bring(DEVICE)
+    call = asyncio.create_task(chat(worker))
+    await asyncio.sleep(0.3)
+    await worker.bring(HOST)
+    assert worker.info.kv_limit_bytes == KV
+    assert home.held() == (KV + RESIDUAL, WEIGHTS)
+    await worker.bring(DEVICE)
+    assert (await call).status_code == 200
+    await worker.keep_prefix("c1", 60)
+    await worker.bring(HOST)
+    assert worker.info.kv_limit_bytes == KV
+
+
+async def test_a_cache_of_one_size_that_cannot_come_back(home: Home) -> None:
+    """Nothing of it is counted while it is away, also after a resume that failed."""
+    worker = home.worker(engine_args={"elastic": False, "fail_resume": 1})
+    await worker.bring(DEVICE)
+    await worker.bring(HOST)
+    home.ledger.hold("other", "cpu", Memory(0, 400 * MIB - RESIDUAL - WEIGHTS, 0))
+    await failure(worker.bring(DEVICE), DoesNotFitError)
+    home.ledger.release("other")
+    await failure(worker.bring(DEVICE))
+    assert (worker.info.state, worker.info.kv_limit_bytes) == (WorkerState.SUSPENDED, 0)
+    assert home.held() == (RESIDUAL, WEIGHTS)
+    await worker.bring(DEVICE)
+    assert home.held() == (WEIGHTS + KV + RESIDUAL, WEIGHTS)
 
 
 async def test_kept_and_warmed_prefixes(home: Home) -> None:

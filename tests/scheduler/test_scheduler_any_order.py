@@ -256,19 +256,28 @@ class AnyOrder(RuleBasedStateMachine):
             if gone:
                 self.stop(worker)
             elif info.state in (WorkerState.RESUMING, WorkerState.SUSPENDING):
-                self.change(worker, state=back)
+                self.change(worker, state=back, **self.cache_of_one_size(worker, back))
             return False
         limit = command.kv_limit_bytes
         changes: dict[str, Any] = {} if limit is None else {"kv_limit_bytes": limit}
         if to is DISK:
             self.stop(worker)
         elif to is DEVICE:
+            changes |= self.cache_of_one_size(worker, WorkerState.READY)
             self.change(worker, state=WorkerState.READY, residency=to, **changes)
         else:
             host = WEIGHTS if to is HOST else 0
             changes |= {"residency": to, "host_bytes": host}
+            changes |= self.cache_of_one_size(worker, WorkerState.SUSPENDED)
             self.change(worker, state=WorkerState.SUSPENDED, **changes)
         return True
+
+    def cache_of_one_size(self, worker: str, state: WorkerState) -> dict[str, Any]:
+        """It leaves with the weights, as a whole, unless a call has KV in it."""
+        if self.infos[worker].elastic:
+            return {}
+        leaves = state is WorkerState.SUSPENDED and worker not in self.running.values()
+        return {"kv_limit_bytes": 0 if leaves else MOST}
 
     def stop(self, worker: str, state: WorkerState = WorkerState.STOPPED) -> None:
         self.change(worker, state=state, residency=DISK, kv_limit_bytes=MOST, host_bytes=0)
@@ -281,7 +290,7 @@ class AnyOrder(RuleBasedStateMachine):
             worker = f"n/{move.model}"
             state = ON_THE_WAY.get((self.infos[worker].state, move.residency))
             if state is not None:
-                self.change(worker, state=state)
+                self.change(worker, state=state, **self.cache_of_one_size(worker, state))
 
     @rule(model=st.sampled_from(MODELS), state=st.sampled_from(("restarting", "failed")))
     def break_worker(self, model: str, state: str) -> None:
@@ -321,7 +330,8 @@ class AnyOrder(RuleBasedStateMachine):
         }
         for worker, info in self.infos.items():
             state, residency = ends.get(info.state, (info.state, None))
-            gone = {"kv_limit_bytes": MOST, "host_bytes": 0} if residency else {}
+            gone = self.cache_of_one_size(worker, state)
+            gone |= {"kv_limit_bytes": MOST, "host_bytes": 0} if residency else {}
             new = replace(info, state=state, residency=residency or info.residency, **gone)
             self.infos[worker] = new
         self.feed(NodeJoined(self.node()))

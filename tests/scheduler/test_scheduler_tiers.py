@@ -313,6 +313,40 @@ def test_a_suspended_model_with_younger_calls_gives_way_too() -> None:
     assert sorted(moves(core.handle(Tick(), 20.0))) == [("c", PARKED), ("d", DISK)]
 
 
+def test_caches_of_one_size_take_turns_with_their_weights() -> None:
+    """The device has room for one of the two with its KV, and the residuals of both."""
+    a, b = (replace(tiered(m, kv=MOST), elastic=False) for m in "ab")
+    b = replace(suspended(b), kv_limit_bytes=0)
+    core = scheduler(a, b, capacity=WEIGHTS + MOST + 2 * RESIDUAL, host=2 * WEIGHTS)
+    assert core.ledger.claims["n/b"].total == RESIDUAL
+    [away] = core.handle(arrival("x", model="b"), 1.0)
+    assert moves([away]) == [("a", HOST)]
+    [back] = done(core, away, replace(suspended(a), kv_limit_bytes=0), 2.0)
+    assert moves([back]) == [("b", DEVICE)] and back.kv_limit_bytes is None
+    assert core.ledger.claims["n/b"].total == WEIGHTS + MOST + RESIDUAL
+    assert dispatched(done(core, back, replace(ready(b), kv_limit_bytes=MOST), 3.0)) == ["x"]
+
+
+def test_a_cache_of_one_size_stays_with_its_calls() -> None:
+    """Their KV is in it: what the weights leave is not enough, and nobody believes it is."""
+    a, b = (replace(tiered(m, kv=MOST), elastic=False) for m in "ab")
+    b = replace(suspended(b), kv_limit_bytes=0)
+    core = scheduler(a, b, capacity=WEIGHTS + MOST + 2 * RESIDUAL, host=2 * WEIGHTS)
+    core.handle(arrival("x", model="a"), 1.0)
+    assert core.handle(arrival("y", model="b"), 2.0) == []
+    assert moves(core.handle(CallFinished("x"), 3.0)) == [("a", HOST)]
+
+
+def test_a_call_that_came_into_a_suspended_worker_gets_its_kv_with_the_weights() -> None:
+    a = replace(tiered("a", kv=MOST), elastic=False)
+    core = scheduler(a, capacity=WEIGHTS + MOST + RESIDUAL, host=WEIGHTS)
+    core.handle(arrival("x", model="a", kv=50), 1.0)
+    [back] = core.handle(WorkerChanged(replace(suspended(a), kv_limit_bytes=0)), 2.0)
+    assert core.ledger.claims["n/a"].reservations == {"x": 50}
+    done(core, back, a, 3.0)
+    assert core.ledger.claims["n/a"].reservations == {"x": 50}
+
+
 def test_a_worker_that_dies_while_it_resumes_holds_no_more_than_before() -> None:
     asleep = tiered("a", state=SUSPENDED)
     core = scheduler(asleep, capacity=ALIVE, host=WEIGHTS)

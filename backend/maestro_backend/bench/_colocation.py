@@ -214,6 +214,7 @@ class _System:
             "announced": sum(s.hideable for s in switches),
             "unused": sum(s.calls == 0 for s in switches),
             "put_aside": self._watch.put_aside,
+            "failed_activations": self._watch.failed,
             "activation_s": round(sum(s.seconds for s in switches), 3),
             "blocked_s": round(sum(s.blocked_s for s in switches), 3),
             "switches": [

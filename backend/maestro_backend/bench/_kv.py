@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ _SHARES = (1.0, 0.6, 0.3, 0.0, 0.4, 0.8, 0.2, 1.0, 0.0, 1.0)
 
 _CALLERS = 6
 _POLL_S = 0.05
+_SAMPLES = 5
+_SAMPLE_S = 0.4
 STEP_S = 8.0
 """How long the load goes on at each limit, in seconds."""
 
@@ -48,16 +51,17 @@ async def bench_kv(engine: str, step_s: float = STEP_S) -> dict[str, Any]:
     """Step the limit up and down under load, then ask the same at each limit without load.
 
     `time_to_applied_s` is from the order until no more than the limit is held, `rss_error` the
-    largest difference between measured KV memory and the limit after a shrink, relative to it.
+    largest difference between measured KV memory and the limit after a shrink, relative to it:
+    measured is what the processes take (PSS), less what they took beside the KV cache under the
+    same load before the first step. `kv_resident_bytes` is the engine's count of resident pages.
     """
     async with one_model(engine, kv_memory="768MiB", max_model_len=2048) as node:
         await node.set_residency(MODEL, Residency.DEVICE)
         worker = await worker_of(node)
-        kv_resident = await _kv_resident(worker)
-        base = pss_bytes(worker.pid or 0) - kv_resident
         load = Load()
         callers = [asyncio.create_task(load.run(worker, i)) for i in range(_CALLERS)]
         await asyncio.sleep(step_s)
+        base = await _beside_kv(worker)
         steps = [await _step(node, worker, share, base, step_s) for share in _SHARES]
         for task in callers:
             task.cancel()
@@ -93,12 +97,13 @@ async def _step(
         await asyncio.sleep(_POLL_S)
     applied_s = time.monotonic() - started
     await asyncio.sleep(step_s)
-    kv = await asyncio.to_thread(pss_bytes, worker.pid or 0) - base
+    kv = await _median_pss(worker) - base
     step = {
         "limit_bytes": limit,
         "change": limit - before,
         "applied_s": round(applied_s, 3),
         "kv_rss_bytes": kv,
+        "kv_resident_bytes": await _kv_resident(worker),
         "rss_error": round(abs(kv - limit) / limit, 4),
         "over": round(max(0.0, (kv - limit) / limit), 4),
     }
@@ -118,6 +123,20 @@ async def _same_at_each_limit(node: LocalNode, worker: WorkerInfo) -> bool:
             await node.set_kv_limit(MODEL, _limit(worker, share))
             seen.add(await caller.answers())
     return len(seen) == 1
+
+
+async def _beside_kv(worker: WorkerInfo) -> int:
+    """What the processes take beside the KV cache, calls under way."""
+    return await _median_pss(worker) - await _kv_resident(worker)
+
+
+async def _median_pss(worker: WorkerInfo) -> int:
+    """Of a few seconds: what a step of the engine takes comes and goes."""
+    sizes = []
+    for _ in range(_SAMPLES):
+        sizes.append(await asyncio.to_thread(pss_bytes, worker.pid or 0))
+        await asyncio.sleep(_SAMPLE_S)
+    return int(statistics.median(sizes))
 
 
 async def _kv_resident(worker: WorkerInfo) -> int:

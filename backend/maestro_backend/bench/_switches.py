@@ -46,15 +46,20 @@ class Watch:
     switches: list[Switch] = field(default_factory=list)
     states: dict[str, WorkerState] = field(default_factory=dict)
     put_aside: int = 0
+    failed: int = 0
+    """Activations that came to nothing; they are not among the switches."""
 
     def worker(self, model: str, state: WorkerState, now: float) -> None:
         """A worker changed."""
-        before = self.states.get(model)
+        before, open_ = self.states.get(model), self._open(model)
         self.states[model] = state
         if state in _AWAY and before not in _AWAY:
             self.switches.append(Switch(model, now))
-        elif state is WorkerState.READY and (open_ := self._open(model)):
+        elif open_ is not None and state is WorkerState.READY:
             open_.ready = now
+        elif open_ is not None and state not in _AWAY:
+            self.switches.remove(open_)
+            self.failed += 1
         elif state in _LEAVING and before is WorkerState.READY:
             self.put_aside += 1
 

@@ -26,6 +26,7 @@ class NodeLink:
     def __init__(self, shell: Shell, node: NodeHandle) -> None:
         self._shell = shell
         self._node = node
+        self._joins = 0
 
     async def follow(self) -> None:
         """Join the node, follow its changes; after a loss, join again."""
@@ -36,6 +37,7 @@ class NodeLink:
                 _log.error("no node: %s", error)
                 await asyncio.sleep(_REJOIN_S)
                 continue
+            self._joins += 1
             self._shell.handle(core.NodeJoined(info, self._shell.preload))
             _warn_of_misfits(info)
             try:
@@ -47,12 +49,13 @@ class NodeLink:
 
     async def carry_out(self, command: core.Command) -> None:
         """Do it, and tell the scheduler how it went: first the worker as it is then."""
+        joins = self._joins
         try:
             await self._ask(command)
             await self._refresh(command)
-        except NodeLostError:
-            return  # NodeLost clears what was under way: the worker itself did not fail
         except Exception as error:
+            if isinstance(error, NodeLostError) and not await self._still_there(joins):
+                return  # NodeLost clears what was under way: the worker itself did not fail
             if not isinstance(error, MaestroError):
                 _log.exception("could not carry out %s", command)
             with suppress(Exception):
@@ -60,6 +63,13 @@ class NodeLink:
             self._shell.handle(core.CommandFailed(command.id, str(error)))
         else:
             self._shell.handle(core.CommandApplied(command.id))
+
+    async def _still_there(self, joins: int) -> bool:
+        """Whether only one request has broken: the node has not been joined again, and answers."""
+        with suppress(Exception):
+            await self._node.info()
+            return self._joins == joins
+        return False
 
     async def _ask(self, command: core.Command) -> None:
         node = self._node

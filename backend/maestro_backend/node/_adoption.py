@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from maestro_backend.workers import (
-    DoesNotFitError,
-    Memory,
     Worker,
     WorkerRecord,
     end_stray,
@@ -28,6 +25,7 @@ _LIMIT_S = 60.0
 class TakeOver:
     """Adopts each recorded worker that matches the present configuration, and ends the others.
 
+    Until a process has told what it takes, or has ended, it counts as all that it may take.
     Without `adopting` all are ended: a tied agent cannot tie what it did not start.
     """
 
@@ -37,19 +35,18 @@ class TakeOver:
         self._workers = workers
         self._ledger = ledger
         self._adopting = adopting
-        self._tasks = {
-            record.model: asyncio.create_task(self._take(file, record))
-            for file, record in read_records(records).items()
-        }
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._settling: list[asyncio.Task[None]] = []
+        for file, record in read_records(records).items():
+            if record.lives():
+                ledger.expect(record.model, record.device, record.most_bytes)
+            self._tasks[record.model] = asyncio.create_task(self._take(file, record))
 
     async def soon(self) -> None:
         """Wait until it is done, but for workers that are slow to answer: in the middle of a long
-        move, or hung. They count as all that they may take."""
+        move, or hung."""
         if self._tasks:
             await asyncio.wait(self._tasks.values(), timeout=_SOON_S)
-        for model, task in self._tasks.items():
-            if not task.done() and model in self._workers:
-                self._count(self._workers[model])
 
     async def of(self, model: str) -> None:
         """Wait until it is done for `model`: nothing else may happen to that worker before."""
@@ -58,27 +55,27 @@ class TakeOver:
 
     async def give_up(self) -> None:
         """Leave those that are still slow to whoever comes next; their records stay."""
-        for task in self._tasks.values():
+        tasks = [*self._tasks.values(), *self._settling]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _take(self, file: Path, record: WorkerRecord) -> None:
         worker = self._workers.get(record.model)
         mine = worker if self._adopting and record.lives() else None
         if mine is not None and await _adopted(mine, record):
+            self._settling.append(asyncio.create_task(self._settle(mine)))
             return
         if record.lives():
             log.warning("ending %s (pid %d): it cannot be adopted", record.model, record.pid)
         await end_stray(record)
-        self._ledger.release(record.model)
         file.unlink(missing_ok=True)
+        self._ledger.known(record.model)
 
-    def _count(self, worker: Worker) -> None:
-        """The most that it may take, until it is known how much it takes."""
-        info = worker.info
-        most = Memory(info.weights_bytes, info.kv_max_bytes, info.residual_bytes)
-        with suppress(DoesNotFitError):
-            self._ledger.hold(info.model, info.device, most)
+    async def _settle(self, worker: Worker) -> None:
+        """A move of the earlier agent's may be under way, and tells what it takes when it ends."""
+        await worker.settled()
+        self._ledger.known(worker.info.model)
 
 
 async def _adopted(worker: Worker, record: WorkerRecord) -> bool:

@@ -31,6 +31,9 @@ class Ledger:
     The `Account` of the workers: whatever is held is held, a move in flight as much as a settled
     worker. A claim grows only into what is free by promise *and* by measurement; it may always
     shrink. `workers` tells of the present workers, for the advice in a refusal.
+
+    A live process that has not told yet what it takes is `expected` to take its most: nothing new
+    gets that room. Its own claim, which tells of what is there already, is not held up by it.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Ledger:
         self._workers = workers
         self._held: dict[str, Held] = {}
         self._host: dict[str, int] = {}
+        self._expected: dict[str, tuple[str, int]] = {}
 
     @property
     def held(self) -> Mapping[str, Held]:
@@ -55,6 +59,11 @@ class Ledger:
     def host_held(self) -> Mapping[str, int]:
         """What each model holds of the host budget now, in bytes."""
         return self._host
+
+    @property
+    def expected(self) -> Mapping[str, tuple[str, int]]:
+        """Device and bytes at most of those that have not told yet what they take."""
+        return self._expected
 
     def free_bytes(self, device: str) -> int:
         """What nobody was promised and nobody takes; below 0 where more is taken than there is."""
@@ -97,6 +106,14 @@ class Ledger:
         others = sum(size for name, size in self._host.items() if name != model)
         return max(0, self.host_capacity - others)
 
+    def expect(self, model: str, device: str, most_bytes: int) -> None:
+        """Nobody else gets `most_bytes` of the device, whatever is free, until `known`."""
+        self._expected[model] = (device, most_bytes)
+
+    def known(self, model: str) -> None:
+        """From now on what `model` holds is all that it takes."""
+        self._expected.pop(model, None)
+
     def measured(self, model: str, since: Held, size: int) -> None:
         """The worker of `model` takes `size` bytes of its device.
 
@@ -111,12 +128,23 @@ class Ledger:
         self._outside[device] = size
 
     def _room(self, device: str, but_for: str) -> int:
-        taken = sum(
-            held.taken_bytes
+        counted = sum(counted for _, counted in self._taken(device, but_for).values())
+        return self.capacity[device] - self._outside[device] - counted
+
+    def _taken(self, device: str, but_for: str) -> dict[str, tuple[int, int]]:
+        """What each other model was promised of the device, and what counts for it. Bytes."""
+        taken = {
+            model: (held.memory.total_bytes, held.taken_bytes)
             for model, held in self._held.items()
-            if held.device == device and model != but_for
-        )
-        return self.capacity[device] - self._outside[device] - taken
+            if held.device == device
+        }
+        if but_for not in self._expected:
+            for model, (where, most) in self._expected.items():
+                if where == device:
+                    promised, counted = taken.get(model, (most, most))
+                    taken[model] = (promised, max(most, counted))
+        taken.pop(but_for, None)
+        return taken
 
     def _refusal(self, model: str, device: str, memory: Memory) -> str:
         return device_refusal(
@@ -125,10 +153,6 @@ class Ledger:
             device=DeviceInfo(device, self.capacity[device]),
             room=self._room(device, but_for=model),
             outside=self._outside[device],
-            taken={
-                name: (held.memory.total_bytes, held.taken_bytes)
-                for name, held in self._held.items()
-                if held.device == device and name != model
-            },
+            taken=self._taken(device, but_for=model),
             workers={worker.model: worker for worker in self._workers()},
         )

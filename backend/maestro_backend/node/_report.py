@@ -46,4 +46,8 @@ def memory_report(
             }
             for model, held in ledger.held.items()
         },
+        "expected": {
+            model: {"device": device, "most_bytes": most}
+            for model, (device, most) in ledger.expected.items()
+        },
     }

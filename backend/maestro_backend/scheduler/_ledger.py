@@ -135,8 +135,8 @@ class Ledger:
 
     def restore(self, worker: str, call: str, size: int) -> None:
         """Give a call that runs on the worker its reservation back, as far as there is room."""
-        claim = self.claims[worker]
-        claim.reservations.setdefault(call, min(size, claim.kv_free))
+        self.claims[worker].reservations.setdefault(call, 0)
+        self.grow(worker, call, size)
 
     def grow(self, worker: str, call: str, size: int) -> None:
         """Raise a reservation as far as there is room; it never shrinks."""
@@ -162,7 +162,9 @@ def held_by(
     """
     if info.state in _GONE and bound_for not in _ALIVE:
         return None
-    if info.state not in (*_GONE, WorkerState.STARTING):
+    if bound_for is Residency.DEVICE and not info.elastic:
+        limits = (kv_most(info),)  # what it gave up while it was suspended comes back with it
+    elif info.state not in (*_GONE, WorkerState.STARTING):
         limits = (*limits, info.kv_limit_bytes)
     elif not limits:  # what died on its way tells of its next start: it holds what it held
         held = old if info.state in _GONE else None
@@ -212,7 +214,13 @@ def most_bytes(info: WorkerInfo) -> int:
 
 def kv_most(info: WorkerInfo) -> int:
     """The largest KV limit that a worker can have."""
-    return max(info.kv_max_bytes, info.kv_limit_bytes) if info.elastic else info.kv_limit_bytes
+    return max(info.kv_max_bytes, info.kv_limit_bytes)
+
+
+def kv_aside(info: WorkerInfo, claim: Claim) -> int:
+    """The KV it holds once its weights are aside: a cache of one size goes with them, all of it,
+    unless something is held in it."""
+    return claim.kv_limit if info.elastic or claim.kv_used else 0
 
 
 def kv_least(info: WorkerInfo) -> int:

@@ -44,7 +44,8 @@ class WorkerInfo:
 
     `kv_limit_bytes` is what its KV cache may hold now, between `kv_floor_bytes` (one request of
     `max_model_len`) and `kv_max_bytes` (what the engine is built with); only an `elastic` worker
-    moves between them. `host_copy_bytes` is what a copy of its weights takes in host memory,
+    moves between them. Another holds all of it, or may hold none of it while it is suspended
+    without calls. `host_copy_bytes` is what a copy of its weights takes in host memory,
     `host_bytes` what it holds there now. `tiers` are the residencies it can be brought to, and
     `activation_s` the learned seconds from each to the device. `detail` says in words what it is
     doing or what went wrong.

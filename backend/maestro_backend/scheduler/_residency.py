@@ -168,7 +168,7 @@ class Residencies:
         claim = self._world.ledger.claims.get(info.worker)
         wanted = max(kv_bytes(call, info) if call else 0, claim.kv_reserved if claim else 0)
         stuck = info.state is WorkerState.SUSPENDED and self._world.resting(info.worker, now)
-        return info.kv_limit_bytes if stuck else kv_rounded(info, wanted)
+        return info.kv_limit_bytes if stuck and info.elastic else kv_rounded(info, wanted)
 
     def _kv_room(self, info: WorkerInfo) -> int:
         """Bytes that its KV cache could have beside its weights and residual."""

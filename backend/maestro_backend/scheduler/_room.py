@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ._commands import SetKvLimit, SetResidency
-from ._ledger import copy_bytes, device_key, kv_least, kv_rounded, kv_step
+from ._ledger import copy_bytes, device_key, kv_aside, kv_least, kv_rounded, kv_step
 from ._nouns import Residency, WorkerInfo, WorkerState
 from ._world import Action, World
 
@@ -116,9 +116,10 @@ class Room:
             if tier is Residency.HOST:
                 promised[info.node] = promised.get(info.node, 0) + copy_bytes(info)
             claim = self._world.ledger.claims[info.worker]
-            limit = min(claim.kv_limit, max(kv_least(info), claim.kv_needed))
+            limit = min(kv_aside(info, claim), max(kv_least(info), claim.kv_needed))
             gain = claim.weights + claim.kv_limit - limit
-            yield Step(info, gain, limit if limit < info.kv_limit_bytes else None, tier)
+            shrinks = info.elastic and limit < info.kv_limit_bytes
+            yield Step(info, gain, limit if shrinks else None, tier)
 
     def without_weights(self) -> int:
         """Bytes that would be free if all KV were shrunk and all weights put aside that can be,
@@ -136,7 +137,7 @@ class Room:
             return kv
         if tier is Residency.HOST:
             promised[info.node] = promised.get(info.node, 0) + copy_bytes(info)
-        return kv + claim.weights
+        return claim.weights + (kv if info.elastic else claim.kv_limit)
 
     def stops(self) -> Iterator[Step]:
         """Whole processes that may leave, those without weights on the device first."""

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from ._calls import Call, CallTable
 from ._commands import DropPrefix, KeepPrefix, Preempt, SetKvLimit, SetResidency
-from ._ledger import Kept, Ledger, held_by, most_bytes
+from ._ledger import Kept, Ledger, held_by, kv_aside, most_bytes
 from ._nouns import Residency, WorkerInfo, WorkerState
 from ._placement import kv_bytes
 from ._runs import LIKELY, RunTable
@@ -152,9 +152,9 @@ class World:
             limit = move.kv_limit
         elif change is not None:
             limit = change.limit
-        leaves = move is not None and move.residency is not Residency.DEVICE
-        weights = 0 if leaves else claim.weights
-        return weights + limit + info.residual_bytes
+        if move is None or move.residency is Residency.DEVICE:
+            return claim.weights + limit + info.residual_bytes
+        return min(limit, kv_aside(info, claim)) + info.residual_bytes
 
     def account(self, worker: str) -> None:
         """Bring the worker's claim up to date with what it reports and what was asked of it.

@@ -144,8 +144,12 @@ class Lives:
         return fingerprint(launch, self._model.served.settings.python)
 
     def _write_record(self, process: EngineProcess) -> None:
+        info = self._standing.info
+        kv_bytes = max(info.kv_limit_bytes, info.kv_max_bytes)
         record = WorkerRecord(
-            model=self._standing.info.model,
+            model=info.model,
+            device=info.device,
+            most_bytes=info.weights_bytes + kv_bytes + info.residual_bytes,
             pid=process.pid,
             create_time=process.create_time,
             address=str(self._address),
@@ -237,7 +241,7 @@ class Lives:
             if status is None:
                 raise BackendError("its engine has no control API")
             expected = self._sizes.expected(self._standing.info)
-            held = status.kv_held or expected["kv_limit_bytes"]
+            held = status.kv_held if status.kv_built else expected["kv_limit_bytes"]
             promised = replace(self._standing.info, **{**expected, "kv_limit_bytes": held})
             sizes = await self._sizes.measured(promised, probe, status)
             self._standing.hold_measured(status, {**expected, **sizes})

@@ -18,9 +18,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
-    """A started process. Times are seconds since the epoch; `pid` is also its process group."""
+    """A started process. Times are seconds since the epoch; `pid` is also its process group.
+
+    `most_bytes` is what it may take of `device` at most.
+    """
 
     model: str
+    device: str
+    most_bytes: int
     pid: int
     create_time: float
     address: str

@@ -147,7 +147,7 @@ class LiveWorker:
 
     async def _resume(self, kv_bytes: int) -> None:
         standing, info = self._standing, self._standing.info
-        kv_bytes = max(info.kv_limit_bytes, kv_bytes)
+        kv_bytes = max(info.kv_limit_bytes, kv_bytes) if info.elastic else info.kv_max_bytes
         try:
             standing.hold(weights=True, kv_bytes=kv_bytes)
         except DoesNotFitError as error:

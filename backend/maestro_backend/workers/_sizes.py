@@ -34,11 +34,12 @@ class Sizes:
         longest = engine.max_model_len(model) or model.checkpoint.max_model_len
         live = told.tiers if told else engine.tiers(model.settings)
         weights = memory.weights_bytes if weights is None else weights
+        kv_bytes = (told.kv_built if told else 0) or memory.kv_bytes
         return {
             "weights_bytes": weights,
-            "kv_limit_bytes": memory.kv_bytes,
+            "kv_limit_bytes": kv_bytes,
             "kv_floor_bytes": told.kv_floor if told else engine.kv_floor_bytes(model),
-            "kv_max_bytes": memory.kv_bytes,
+            "kv_max_bytes": kv_bytes,
             "kv_bytes_per_token": engine.kv_bytes_per_token(model) or 1,
             "elastic": told.elastic if told else engine.elastic(model.settings),
             "residual_bytes": memory.residual_bytes if residual is None else residual,
@@ -63,7 +64,7 @@ class Sizes:
         per_token = self._engine.kv_bytes_per_token(model)
         per_token = per_token or max(1, (built or promised.kv_limit_bytes) // tokens)
         built = built or tokens * per_token
-        kv_bytes = (status.kv_held if status else 0) or built
+        kv_bytes = status.kv_held if status and status.kv_built else built
         return {
             "weights_bytes": self._weights(model, status),
             "kv_bytes_per_token": per_token,

@@ -99,7 +99,7 @@ class Standing:
             DoesNotFitError: it takes more than it was promised.
         """
         on_device = status.residency is Residency.DEVICE
-        kv_bytes = status.kv_held or self.info.kv_limit_bytes
+        kv_bytes = status.kv_held if status.kv_built else self.info.kv_limit_bytes
         self.hold(weights=on_device, kv_bytes=kv_bytes)
         self.hold_copy(status.host_bytes)
         self.set(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,13 @@ class Worker:
                     return False
                 raise
             self._task = asyncio.create_task(self._run(process), name=self._name)
+            await asyncio.sleep(0)  # it has begun, and ends the process whatever comes next
             return True
+
+    async def settled(self) -> None:
+        """Wait until what was asked before is done, or can be no more."""
+        with suppress(BackendError):
+            await self._ask_live(_nothing)
 
     # --- orders ---------------------------------------------------------------------------------
 
@@ -371,4 +378,4 @@ class Worker:
 
 
 async def _nothing(live: LiveWorker) -> None:
-    """What is left to do for `disk` where a process lives: it is there."""
+    """What is left to do where a process lives for `disk`: it is there."""

@@ -89,13 +89,13 @@ class Control:
     async def _move(self, tier: str, host_budget_bytes: int | None) -> int:
         if tier == "device":
             self._all_checked(await self._workers("maestro_resume"))
+            await self._core("maestro_restored")
             self._tier = tier
             await self._engine.resume_generation()
             return 0
         if self._tier == "device":
             await self._engine.pause_generation(mode="keep", clear_cache=False)
         try:
-            await self._core("maestro_trim")
             done = self._all_checked(
                 await self._workers("maestro_suspend", tier, host_budget_bytes)
             )
@@ -103,6 +103,10 @@ class Control:
             await self._look_where_it_is()
             raise
         self._tier = tier
+        try:
+            await self._core("maestro_trim")
+        except Exception:  # the weights have left all the same, and the state tells of the KV
+            log.exception("the memory of the KV cache could not be given back")
         return sum(answer["freed_bytes"] for answer in done)
 
     async def _look_where_it_is(self) -> None:

@@ -35,6 +35,7 @@ def install() -> None:
         maestro_limit_kv,
         maestro_settle,
         maestro_trim,
+        maestro_restored,
         maestro_progress,
         maestro_keep,
         maestro_drop,
@@ -85,8 +86,13 @@ def maestro_settle(self: Any) -> dict[str, Any]:
 
 
 def maestro_trim(self: Any) -> None:
-    """Give back KV memory that is mapped and unused."""
+    """Give back KV memory that is mapped and unused: the weights have left."""
     _kv_of(self).trim()
+
+
+def maestro_restored(self: Any) -> None:
+    """The weights are back, and the KV memory that left with them."""
+    _kv_of(self).restored()
 
 
 def maestro_progress(self: Any) -> list[dict[str, Any]]:

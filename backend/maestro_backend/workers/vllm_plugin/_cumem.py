@@ -16,8 +16,8 @@ from vllm.device_allocator import cumem
 from vllm.device_allocator.sleep_mode_backend import CuMemBackend, SleepModeBackend
 from vllm.logger import init_logger
 
-from ._pinned import WEIGHTS, PinnedWeights
-from ._sleep import missing_internals
+from ._pinned import PinnedWeights
+from ._sleep import WEIGHTS, missing_internals
 
 log = init_logger("vllm.maestro")
 

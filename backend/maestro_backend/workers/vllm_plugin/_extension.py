@@ -31,16 +31,22 @@ class WorkerExtension:
         }
 
     def maestro_kv_shape(self) -> dict[str, Any]:
-        """Bytes of the whole KV cache, and whether single blocks of it can be given back."""
+        """Bytes of the whole KV cache, and what of it can be given back: single `blocks`, the
+        `whole` while the weights are away, or nothing ("")."""
         caches = self.model_runner.kv_caches
+        whole = "whole" if self._maestro_weights.takes_kv_along else ""
         return {
             "total_bytes": _kv_memory.total_bytes(caches),
-            "releasable": _kv_memory.is_releasable(caches),
+            "releasable": "blocks" if _kv_memory.is_releasable(caches) else whole,
         }
 
     def maestro_release_blocks(self, blocks: list[int]) -> None:
         """Give the memory of these blocks back."""
         _kv_memory.release(self.model_runner.kv_caches, blocks)
+
+    def maestro_release_kv(self) -> int:
+        """Give the memory of the whole KV cache back, until the weights come back; the bytes."""
+        return int(self._maestro_weights.release_kv())
 
     def maestro_suspend(self, tier: str, host_budget_bytes: int | None) -> dict[str, Any]:
         """Take the weights off the device, keeping a copy in host memory (`host`) or none.

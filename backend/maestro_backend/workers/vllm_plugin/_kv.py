@@ -13,19 +13,21 @@ from ._kvcached import ElasticKv, FixedKv, kv_of
 
 
 class KvCache:
-    """One engine core's cache. `total_bytes` were built on each device; `releasable` says that the
-    worker can give single blocks back."""
+    """One engine core's cache. `total_bytes` were built on each device; `releasable` is what the
+    worker can give back of it: single `blocks`, the `whole` or nothing ("")."""
 
-    def __init__(self, core: Any, blocks: Blocks, total_bytes: int, releasable: bool) -> None:
+    def __init__(self, core: Any, blocks: Blocks, total_bytes: int, releasable: str) -> None:
         self._core = core
         self.blocks = blocks
         self.block_bytes = total_bytes // blocks.built
         self._asked = blocks.built * self.block_bytes
         self._whole: ElasticKv | FixedKv | None = None
-        if not releasable:
-            floor = blocks.floor * self.block_bytes
+        if releasable != "blocks":
             self._whole = kv_of(
-                core, floor_bytes=floor, built_bytes=total_bytes, release=_never, restore=_never
+                core,
+                floor_bytes=blocks.floor * self.block_bytes,
+                built_bytes=total_bytes,
+                release=self._release_whole if releasable else lambda: False,
             )
 
     @property
@@ -79,16 +81,22 @@ class KvCache:
             self._release(self.blocks.enforce())
 
     def trim(self) -> None:
-        """Give back what is mapped and unused, before the weights leave."""
+        """Give back what is mapped and unused: the weights have left."""
         if self._whole is not None:
             self._whole.trim()
+
+    def restored(self) -> None:
+        """The weights are back, and with them what had left with them."""
+        if self._whole is not None:
+            self._whole.restored()
+
+    def _release_whole(self) -> bool:
+        """Unless a call or a kept prefix has KV in it; what waits or is cached only has none."""
+        if self.blocks.held - 1 > self.blocks.free or not self._core.scheduler.reset_prefix_cache():
+            return False
+        return all(self._core.model_executor.collective_rpc("maestro_release_kv"))
 
     def _release(self, blocks: list[int]) -> None:
         """In one go with the change: a block that is given back meanwhile must not be wiped."""
         if blocks:
             self._core.model_executor.collective_rpc("maestro_release_blocks", args=(blocks,))
-
-
-def _never() -> None:
-    """A cache of one size stays: calls that wait while the weights are away have their KV in it."""
-    raise ValueError("the KV cache of this engine has one size")

@@ -85,66 +85,62 @@ def kvcached_environment(model: str, instance: str, *, vllm: str = "0.30.0") -> 
 
 
 def kv_of(
-    core: Any,
-    *,
-    floor_bytes: int,
-    built_bytes: int,
-    release: Callable[[], object],
-    restore: Callable[[], object],
+    core: Any, *, floor_bytes: int, built_bytes: int, release: Callable[[], bool]
 ) -> ElasticKv | FixedKv:
     """The KV memory of an engine core: elastic where kvcached runs in it, else of one size."""
     if os.environ.get("ENABLE_KVCACHED", "").lower() in _ON:
         try:
             from kvcached.pool_registry import get_registered_kv_cache_pools
         except ImportError:
-            return FixedKv(built_bytes, release, restore)
+            return FixedKv(built_bytes, release)
         if get_registered_kv_cache_pools():
             return ElasticKv(core, floor_bytes)
-    return FixedKv(built_bytes, release, restore)
+    return FixedKv(built_bytes, release)
 
 
 class FixedKv:
-    """A cache of one size: all of it or, while its model is suspended, nothing.
+    """A cache of one size: all of it or, while its model is suspended without calls, nothing.
 
-    `release` and `restore` unmap and map it (tag `kv_cache` of vLLM's allocator) and must reset the
-    prefix cache: what the cache held is lost.
+    `release` gives its memory back, where that can be and no call or kept prefix has KV in it, and
+    says whether it did. What was cached is lost then.
     """
 
     elastic = False
 
-    def __init__(
-        self, built_bytes: int, release: Callable[[], object], restore: Callable[[], object]
-    ) -> None:
+    def __init__(self, built_bytes: int, release: Callable[[], bool]) -> None:
         self.floor_bytes = self.max_bytes = self.limit_bytes = built_bytes
-        self._release, self._restore = release, restore
+        self._release = release
+        self._away = False
 
     def set_limit(self, size: int) -> KvState:
-        """All or nothing: `size` is 0 or what was built.
+        """Only what was built.
 
         Raises:
-            KvLimitError: anything between.
+            KvLimitError: anything else.
         """
-        if size not in (0, self.max_bytes):
+        if size != self.max_bytes:
             raise KvLimitError(
                 f"a KV limit of {size} bytes is refused: without kvcached the cache has"
                 f" {self.max_bytes} bytes or, while the model is suspended, none"
             )
-        if size != self.limit_bytes:
-            (self._restore if size else self._release)()
-            self.limit_bytes = size
         return self.settle()
 
     def settle(self) -> KvState:
         """Where the limit stands."""
-        return KvState("applied", self.limit_bytes, self.limit_bytes, self.limit_bytes)
+        held = self.held_bytes()
+        return KvState("applied", self.limit_bytes, held, held)
 
     def held_bytes(self) -> int:
         """What may be occupied now."""
-        return self.limit_bytes
+        return 0 if self._away else self.max_bytes
 
-    def trim(self) -> int:
-        """Nothing is mapped beyond what was built."""
-        return 0
+    def trim(self) -> None:
+        """The weights have left: it goes too, if it may."""
+        self._away = self._away or self._release()
+
+    def restored(self) -> None:
+        """It has come back with the weights, empty."""
+        self._away = False
 
 
 class ElasticKv:
@@ -188,12 +184,13 @@ class ElasticKv:
         """What may be occupied now: the limit, or more while a shrink waits."""
         return self._state().held_bytes
 
-    def trim(self) -> int:
-        """Give back memory that is mapped and unused, as before a suspend; the bytes that went."""
-        before = self._state().mapped_bytes
+    def trim(self) -> None:
+        """Give back memory that is mapped and unused."""
         for pool in _pools():
             pool.trim()
-        return before - self._state().mapped_bytes
+
+    def restored(self) -> None:
+        """Nothing: what it needs is mapped as it is used."""
 
     def _ask(self, size: int) -> None:
         from kvcached.control import set_instance_memory_limit

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-WEIGHTS = "weights"
-"""vLLM's tag of what a model's load allocates; `kv_cache` is the other one."""
+from ._sleep import WEIGHTS
 
 
 class HostBudgetError(MemoryError):

@@ -15,6 +15,9 @@ from typing import Any
 BACKEND = "maestro"
 """The name of our backend in vLLM's registry (`ModelConfig.sleep_mode_backend`)."""
 
+WEIGHTS, KV = "weights", "kv_cache"
+"""vLLM's tags of what a model's load allocates, and of its KV cache."""
+
 _WRITERS = (
     "load_model",
     "reload_weights",
@@ -82,6 +85,7 @@ class GpuWeights:
         self._worker = worker
         self._backend = worker.sleep_mode_backend
         self._parked = False
+        self._kv_away = False
         self._buffers: dict[tuple[str, str], Any] = {}
         # Adapters and moved experts are written into the weights' memory without any call of ours.
         self._changing = bool(config.lora_config or config.parallel_config.enable_eplb)
@@ -154,14 +158,28 @@ class GpuWeights:
             self.resume()
             raise
 
+    @property
+    def takes_kv_along(self) -> bool:
+        """Whether the KV cache can leave the device after the weights."""
+        return self.tiers != ("device",)
+
+    def release_kv(self) -> int:
+        """Take the KV cache off the device until `resume`; the bytes freed. It comes back empty."""
+        if self.on_device:
+            return 0
+        freed = int(self._backend.suspend(1, (KV,)))
+        self._kv_away = self._kv_away or freed > 0
+        return freed
+
     def resume(self) -> None:
-        """Bring the weights back; on a failure they are off the device as before."""
+        """Bring the weights back, and a released KV cache; on a failure all is off as before."""
         if not self.on_device:
-            self._backend.resume(["weights"])
+            self._backend.resume()
         if self._parked:
             self._reload()
         elif self._changing:
             self._backend.drop_host_copy()
+        self._kv_away = False
 
     def forget_pages(self) -> None:
         """Nothing: the checkpoint's page cache is no memory that anybody else is kept from."""
@@ -175,7 +193,7 @@ class GpuWeights:
             self._worker.reload_weights()
         except BaseException:
             self._abandon_reload()
-            self._backend.suspend(2)
+            self._backend.suspend(2, (WEIGHTS, KV) if self._kv_away else (WEIGHTS,))
             raise
         self._buffers, self._parked = {}, False
         self._backend.trim()

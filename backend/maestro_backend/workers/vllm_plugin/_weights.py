@@ -120,6 +120,13 @@ class CpuWeights:
             self._copy.close()
             self._copy = None
 
+    takes_kv_along = False
+    """Of a CPU's cache single blocks can be given back, or nothing."""
+
+    def release_kv(self) -> int:
+        """Nothing."""
+        return 0
+
     def suspend(self) -> int:
         """Empty all parameters and packed copies; the anonymous bytes that went back."""
         if not self.on_device:

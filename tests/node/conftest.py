@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from node.homes import Home, at_home
 from node.nodes import MakeConfig
 
 from maestro_backend.config import Config
+from maestro_backend.workers import read_records
 
 
 @pytest.fixture
@@ -44,3 +49,17 @@ async def home(tmp_path: Path) -> AsyncIterator[Home]:
     """Workers without an agent."""
     async with at_home(tmp_path) as home:
         yield home
+
+
+@pytest.fixture
+def nothing_is_left(tmp_path: Path) -> Iterator[None]:
+    """A leased worker is nobody's child: it is found by its record."""
+    yield
+    found = [read_records(folder) for folder in tmp_path.glob("*/workers")]
+    alive = [record for each in found for record in each.values() if record.lives()]
+    for record in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(record.pid, signal.SIGKILL)
+    for note in tmp_path.glob("*/runtime_folder"):
+        shutil.rmtree(note.read_text(), ignore_errors=True)
+    assert alive == []

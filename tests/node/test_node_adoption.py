@@ -3,95 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
+from node.leases import all_known, check_the_books, kill_agent, leased, records
 from node.nodes import MakeConfig, family, survivors, wait_for, worker_of
 
 from maestro_agents.protocol import BackendError, ConfigError
 from maestro_backend.config import Config
 from maestro_backend.node import LocalNode
-from maestro_backend.scheduler import Residency, WorkerInfo, WorkerState
-from maestro_backend.workers import WorkerRecord, read_records
+from maestro_backend.scheduler import Residency, WorkerState
+from maestro_backend.workers import WorkerRecord
 
 DEVICE, HOST, PARKED, DISK = Residency.DEVICE, Residency.HOST, Residency.PARKED, Residency.DISK
 READY, STOPPED, SUSPENDED = WorkerState.READY, WorkerState.STOPPED, WorkerState.SUSPENDED
 MIB = 1024**2
 WEIGHTS = {"weights_bytes": 50 * MIB}
 
-
-def records(config: Config) -> list[WorkerRecord]:
-    return list(read_records(config.state_dir / "workers").values())
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path: Path) -> Iterator[None]:
-    """A leased worker is nobody's child: it is found by its record."""
-    yield
-    found = [read_records(folder) for folder in tmp_path.glob("*/workers")]
-    alive = [record for each in found for record in each.values() if record.lives()]
-    for record in alive:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(record.pid, signal.SIGKILL)
-    for note in tmp_path.glob("*/runtime_folder"):
-        shutil.rmtree(note.read_text(), ignore_errors=True)
-    assert alive == []
-
-
-def kill_agent(node: LocalNode) -> None:
-    assert node.pid is not None
-    agent = psutil.Process(node.pid)
-    agent.kill()
-
-
-@contextlib.asynccontextmanager
-async def leased(config: Config) -> AsyncIterator[LocalNode]:
-    async with LocalNode(config, tied=False) as node:
-        yield node
-
-
-async def ask(worker: WorkerInfo, path: str = "/maestro/worker") -> dict[str, Any]:
-    """What the worker itself says."""
-    transport = httpx.AsyncHTTPTransport(uds=worker.address)
-    async with httpx.AsyncClient(transport=transport, base_url="http://worker") as http:
-        return dict((await http.get(path)).raise_for_status().json())
-
-
-async def all_known(node: LocalNode) -> dict[str, Any]:
-    """The memory report once every worker has told what it takes."""
-    async with asyncio.timeout(10):
-        while (memory := await node.memory())["expected"]:
-            await asyncio.sleep(0.02)
-    return memory
-
-
-async def check_the_books(node: LocalNode) -> None:
-    """Every worker is where it says it is, and the ledger holds what that takes: no more."""
-    claims = (await all_known(node))["workers"]
-    for worker in (await node.info()).workers:
-        claim = claims.pop(worker.model, None)
-        if worker.pid is None:
-            assert claim is None
-            continue
-        said = await ask(worker)
-        assert said["residency"] == worker.residency.value
-        assert worker.state is (READY if worker.residency is DEVICE else SUSPENDED)
-        assert claim["kv_bytes"] == worker.kv_limit_bytes == said["kv"]["held_bytes"]
-        on_device = worker.residency is DEVICE
-        assert claim["weights_bytes"] == (worker.weights_bytes if on_device else 0)
-        assert claim["residual_bytes"] == worker.residual_bytes
-        assert claim["host_bytes"] == worker.host_bytes == said["weights"]["host_bytes"]
-    assert claims == {}
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 # --- adoption -----------------------------------------------------------------------------------
@@ -153,15 +86,6 @@ async def test_suspended_workers_are_adopted(stub_config: MakeConfig, residency:
         assert (await worker_of(node, "a")).state is READY
 
 
-SLOW = {"engine_args": {**WEIGHTS, "suspend_s": 1.0, "resume_s": 1.0}}
-MOVES = {
-    "device to host": ([DEVICE], HOST, WorkerState.SUSPENDING),
-    "device to parked": ([DEVICE], PARKED, WorkerState.SUSPENDING),
-    "host to device": ([HOST], DEVICE, WorkerState.RESUMING),
-    "parked to device": ([PARKED], DEVICE, WorkerState.RESUMING),
-}
-
-
 async def test_workers_that_are_slow_to_answer_take_no_room_from_others(
     stub_config: MakeConfig,
 ) -> None:
@@ -189,26 +113,6 @@ async def test_workers_that_are_slow_to_answer_take_no_room_from_others(
         await check_the_books(node)
 
 
-@pytest.mark.parametrize("move", MOVES)
-async def test_an_agent_killed_in_the_middle_of_a_move(stub_config: MakeConfig, move: str) -> None:
-    before, wanted, moving = MOVES[move]
-    async with leased(stub_config(a=SLOW, b={})) as node:
-        for residency in before:
-            await node.set_residency("a", residency)
-        pid = (await worker_of(node, "a")).pid
-        task = asyncio.create_task(node.set_residency("a", wanted))
-        await wait_for(node, lambda w: w.state is moving)
-        kill_agent(node)
-        with pytest.raises(BackendError, match="agent is gone"):
-            await task
-        await node.join()
-        assert (await worker_of(node, "a")).pid == pid
-        await check_the_books(node)
-        await node.set_residency("a", DEVICE)
-        assert (await worker_of(node, "a")).state is READY
-        await check_the_books(node)
-
-
 async def test_a_worker_that_hangs_keeps_nobody_waiting(stub_config: MakeConfig) -> None:
     """The others are there at once. It keeps its claim until it has been ended."""
     async with leased(stub_config(a={"engine_args": WEIGHTS}, b={})) as node:
@@ -230,30 +134,6 @@ async def test_a_worker_that_hangs_keeps_nobody_waiting(stub_config: MakeConfig)
         await check_the_books(node)
 
 
-async def test_weights_on_their_way_back_are_counted_before_they_are_there(
-    stub_config: MakeConfig,
-) -> None:
-    """The room is for the weights of one; the worker itself still says that it is suspended."""
-    slow = {"engine_args": {**WEIGHTS, "resume_s": 3.0}}
-    config = stub_config(memory="320MiB", a=slow, b={"engine_args": WEIGHTS})
-    async with leased(config) as node:
-        for model in "ba":
-            await node.set_residency(model, DEVICE)
-            await node.set_residency(model, HOST)
-        task = asyncio.create_task(node.set_residency("a", DEVICE))
-        await wait_for(node, lambda w: w.state is WorkerState.RESUMING)
-        kill_agent(node)
-        with pytest.raises(BackendError, match="agent is gone"):
-            await task
-        await node.join()
-        assert (await worker_of(node, "a")).residency is HOST
-        with pytest.raises(BackendError, match="does not fit"):
-            await node.set_residency("b", DEVICE)
-        await check_the_books(node)
-        assert (await worker_of(node, "a")).residency is HOST
-        await node.set_residency("b", DEVICE)
-
-
 async def test_a_stray_counts_until_it_is_gone(stub_config: MakeConfig) -> None:
     """Its model is in no configuration any more; it is slow to end."""
     async with leased(stub_config(memory="300MiB", a={"engine_args": WEIGHTS})) as before:
@@ -267,24 +147,6 @@ async def test_a_stray_counts_until_it_is_gone(stub_config: MakeConfig) -> None:
             await all_known(node)
             assert survivors([stray], timeout=0) == []
             await node.set_residency("b", DEVICE)
-
-
-async def test_an_agent_killed_in_the_middle_of_a_start(stub_config: MakeConfig) -> None:
-    config = stub_config(a={"engine_args": {"startup_delay_s": 60}}, b={})
-    async with leased(config) as node:
-        task = asyncio.create_task(node.set_residency("a", DEVICE))
-        await wait_for(node, lambda w: w.detail == "starting stub")
-        while not (config.state_dir / "workers" / "a.json").exists():
-            await asyncio.sleep(0.01)
-        [record] = records(config)
-        kill_agent(node)
-        with pytest.raises(BackendError):
-            await task
-        await node.join()
-        assert not record.lives()
-        assert (await worker_of(node, "a")).state is STOPPED
-        assert records(config) == []
-        await check_the_books(node)
 
 
 async def test_a_worker_that_died_while_no_agent_lived(stub_config: MakeConfig) -> None:

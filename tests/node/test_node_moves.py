@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from node.nodes import MakeConfig, worker_of
+from node.nodes import MakeConfig, wait_for, worker_of
 
 from maestro_agents.protocol import BackendError
 from maestro_backend.config import NodeConfig
@@ -251,6 +251,24 @@ async def test_starts_on_one_gpu_take_turns(stub_config: MakeConfig) -> None:
     turns = sorted((first, second), key=lambda m: started[m])
     assert ready[turns[0]] < started[turns[1]]
     assert started[other] < ready[turns[0]]
+
+
+@pytest.mark.usefixtures("two_gpus")
+async def test_closing_keeps_no_start_that_waits_for_its_turn(stub_config: MakeConfig) -> None:
+    slow = model(10, startup_delay_s=20.0)
+    config = stub_config(node={"devices": ["cuda:0"]}, a=slow, b=slow)
+    node = await LocalNode(config).start()
+    starts = [asyncio.create_task(node.set_residency("a", DEVICE))]
+    await wait_for(node, lambda w: (w.model, w.detail) == ("a", "starting stub"))
+    starts.append(asyncio.create_task(node.set_residency("b", DEVICE)))
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(10):
+        await node.close()
+        results = await asyncio.gather(*starts, return_exceptions=True)
+    assert [type(result) for result in results] == [BackendError, BackendError], results
+    log = (config.state_dir / "logs" / "node-here.log").read_text()
+    assert "a: starting" in log
+    assert "b: starting" not in log
 
 
 # --- budgets ------------------------------------------------------------------------------------

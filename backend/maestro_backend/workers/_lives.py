@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -27,6 +28,8 @@ from ._residency import LiveWorker
 from ._restart import EngineEndedError, Failure, failure, uninterrupted, while_running
 from ._sizes import Sizes
 from ._standing import Standing
+
+log = logging.getLogger(__name__)
 
 _GRACE_S = 10.0
 _HEALTH_EVERY_S = 2.0
@@ -108,8 +111,10 @@ class Lives:
 
         async def renew(lease_s: float) -> None:
             while True:
-                with suppress(BackendError):  # what does not answer this time is asked again
+                try:
                     await control.renew_lease(lease_s)
+                except BackendError as error:  # it is asked again long before the lease ends
+                    log.debug("%s: lease not renewed: %s", self._standing.info.model, error)
                 await asyncio.sleep(min(_RENEW_S, lease_s / 4))
 
         renewing = None if self._lease_s is None else asyncio.create_task(renew(self._lease_s))

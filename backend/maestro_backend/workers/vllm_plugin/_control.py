@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import time
-from contextlib import suppress
 from typing import Any
 
 from maestro_backend._tied import LEASE_VARIABLE
@@ -181,12 +180,13 @@ class Control:
     async def _settle(self) -> None:
         """Follow up on shrinks that wait and on kept prefixes that expire."""
         while True:
-            with suppress(Exception):  # an engine that died is told by /health
+            waiting = False
+            try:
                 blocks = await self._core("maestro_settle")
                 waiting = blocks["held_bytes"] > blocks["limit_bytes"]
-                await asyncio.sleep(_SETTLE_S if waiting else _IDLE_SETTLE_S)
-                continue
-            await asyncio.sleep(_IDLE_SETTLE_S)
+            except Exception:  # an engine that died is told by /health
+                log.debug("the KV cache could not be settled", exc_info=True)
+            await asyncio.sleep(_SETTLE_S if waiting else _IDLE_SETTLE_S)
 
     # --- lease ----------------------------------------------------------------------------------
 

@@ -5,10 +5,12 @@ They are reached by `collective_rpc("maestro_...")`, one call at a time, between
 
 from __future__ import annotations
 
-from contextlib import suppress
+import logging
 from typing import Any
 
 from . import _kv_memory
+
+log = logging.getLogger("vllm.maestro")
 
 
 class WorkerExtension:
@@ -65,8 +67,10 @@ class WorkerExtension:
             return {"error": str(error)}
         if tier == "parked":
             weights.drop_copy()
-            with suppress(OSError):  # a page cache that stays costs nobody the move
+            try:
                 weights.forget_pages()
+            except OSError as error:  # a page cache that stays costs nobody the move
+                log.debug("the checkpoint stays in the page cache: %s", error)
         return {"freed_bytes": freed}
 
     def maestro_resume(self) -> dict[str, Any]:

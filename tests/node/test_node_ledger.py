@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from maestro_backend.node._ledger import Ledger
+from maestro_backend.node._ledger import Expected, Ledger
 from maestro_backend.scheduler import DeviceInfo, Residency, WorkerInfo, WorkerState
 from maestro_backend.workers import Account, DoesNotFitError, Memory
 
@@ -151,6 +151,27 @@ def test_what_others_take_of_a_device_is_not_given_away() -> None:
         books.hold("a", CPU, Memory(71, 0, 0))
     books.measured_outside(CPU, 0)
     books.hold("a", CPU, Memory(71, 0, 0))
+
+
+def test_who_has_not_told_yet_counts_as_his_most_for_all_but_those_who_tell() -> None:
+    """Until it is supervised, what it takes is measured as an outsider's."""
+    books = ledger(100, 10)
+    books.expect("a", Expected(CPU, 40, 6))
+    books.expect("b", Expected(CPU, 50, 5))
+    books.measured_outside(CPU, 88)
+    assert (books.free_bytes(CPU), books.host_room("new")) == (10, 0)
+    with pytest.raises(DoesNotFitError, match=r"a 0\.00 GiB, b 0\.00 GiB"):
+        books.hold("new", CPU, Memory(11, 0, 0))
+    books.hold("a", CPU, Memory(20, 0, 10))
+    books.hold_host("a", 10)
+    books.hold("b", CPU, Memory(70, 0, 0))
+    books.measured_outside(CPU, 0)
+    assert books.free_bytes(CPU) == 100 - 40 - 70
+    books.known("a")
+    assert books.free_bytes(CPU) == 100 - 30 - 70
+    books.known("b")
+    books.known("b")
+    assert (books.free_bytes(CPU), books.host_room("new")) == (0, 0)
 
 
 def refusal(books: Ledger, memory: Memory, model: str = "new") -> str:

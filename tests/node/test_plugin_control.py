@@ -113,6 +113,20 @@ async def test_calls_do_not_go_on_before_the_cache_is_back() -> None:
     assert (await control.state())["residency"] == "parked"
 
 
+async def test_weights_on_their_way_back_are_told_as_away_with_the_cache_as_it_was() -> None:
+    """A state between the two would be a worker on the device without a cache."""
+
+    class Ends(Engine):
+        async def call_utility_async(self, method: str, *arguments: Any) -> Any:
+            control._tier = "device"  # a resume that was under way is over
+            return {**KV, "held_bytes": 0}
+
+    control = Control(Ends())
+    control._tier = "host"
+    told = await control.state()
+    assert (told["residency"], told["kv"]["held_bytes"]) == ("host", 0)
+
+
 async def test_moves_take_turns() -> None:
     engine = Engine()
     control = Control(engine)

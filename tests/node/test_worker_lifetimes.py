@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from node.homes import (
     DISK,
     HOST,
     KV,
+    MIB,
     PARKED,
     REMOTE,
     RESIDUAL,
@@ -29,10 +31,12 @@ from node.homes import (
 )
 
 from maestro_agents.protocol import UnsupportedError
-from maestro_backend.node._ledger import Ledger
-from maestro_backend.scheduler import DeviceInfo, Residency, WorkerState
+from maestro_backend.node._adoption import TakeOver
+from maestro_backend.node._ledger import Expected, Ledger
+from maestro_backend.scheduler import DeviceInfo, Residency, WorkerInfo, WorkerState
 from maestro_backend.workers import (
     ENGINES,
+    DoesNotFitError,
     WorkerRecord,
     end_stray,
     read_records,
@@ -106,6 +110,42 @@ async def test_a_move_that_the_earlier_agent_began_is_settled(home: Home) -> Non
     assert heir.info.residency == truth["residency"] == DEVICE
     assert home.held() == (WEIGHTS + KV + RESIDUAL, WEIGHTS)
     assert truth["weights"]["host_bytes"] == WEIGHTS
+
+
+async def test_what_is_asked_after_an_adoption_has_no_privilege(home: Home) -> None:
+    """Others that have not told yet what they take are in the way of its resume."""
+    async with left(home, HOST) as record:
+        heir = home.worker(tied=False)
+        for model in ("a", "hung"):
+            home.ledger.expect(model, Expected("cpu", 350 * MIB, 0))
+        assert await heir.adopt(record)
+        settled = asyncio.create_task(heir.settled(lambda: home.ledger.known("a")))
+        resume = asyncio.create_task(heir.bring(DEVICE))
+        await failure(resume, DoesNotFitError)
+        await settled
+        home.ledger.known("hung")
+        await heir.bring(DEVICE)
+        await heir.stop()
+
+
+async def test_what_cannot_be_adopted_for_whatever_reason_is_ended(tmp_path: Path) -> None:
+    class Nonsense:
+        info = WorkerInfo("n/a", "n", "cpu", "a", WorkerState.STOPPED, DISK)
+
+        async def adopt(self, record: WorkerRecord) -> bool:
+            raise ValueError("its engine answers nonsense")
+
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        created = psutil.Process(process.pid).create_time()
+        record = WorkerRecord("a", process.pid, created, "/x", "f", "/x.log", created)
+        record.write(tmp_path / "a.json")
+        books = Ledger([DeviceInfo("cpu", 100)], 0)
+        arrival = TakeOver(tmp_path, {"a": Nonsense()}, books, adopting=True)  # type: ignore[dict-item]
+        assert list(books.expected) == ["a"]
+        assert await arrival.over()
+        assert process.wait(5) is not None
+    assert (books.expected, read_records(tmp_path)) == ({}, {})
+    assert not await arrival.over()
 
 
 async def test_what_does_not_match_is_not_adopted(home: Home) -> None:

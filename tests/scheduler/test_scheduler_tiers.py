@@ -337,6 +337,18 @@ def test_a_cache_of_one_size_stays_with_its_calls() -> None:
     assert moves(core.handle(CallFinished("x"), 3.0)) == [("a", HOST)]
 
 
+def test_a_kept_prefix_in_a_cache_of_one_size_is_no_reason_to_wait() -> None:
+    """It keeps the cache on the device; only the end of its worker makes room."""
+    a = replace(tiered("a", kv=MOST), elastic=False)
+    b = replace(tiered("b", state=STOPPED, kv=MOST), elastic=False)
+    core = scheduler(a, b, capacity=WEIGHTS + MOST + 2 * RESIDUAL, host=2 * WEIGHTS)
+    core.handle(expects("a", start=100.0), 0.5)
+    core.handle(arrival("x", model="a", kv=50), 1.0)
+    core.handle(CallFinished("x", 30, 20), 2.0)
+    assert list(core.ledger.claims["n/a"].kept) == ["x"]
+    assert moves(core.handle(arrival("y", run="other", model="b"), 2.5)) == [("a", DISK)]
+
+
 def test_a_call_that_came_into_a_suspended_worker_gets_its_kv_with_the_weights() -> None:
     a = replace(tiered("a", kv=MOST), elastic=False)
     core = scheduler(a, capacity=WEIGHTS + MOST + RESIDUAL, host=WEIGHTS)

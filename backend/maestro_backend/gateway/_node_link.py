@@ -124,7 +124,7 @@ def _warn_of_misfits(node: core.NodeInfo) -> None:
     room = max((d.capacity_bytes for d in node.devices), default=0)
     for worker in node.workers:
         floor = worker.kv_floor_bytes if worker.elastic else 0
-        kv = floor or worker.kv_limit_bytes
+        kv = floor or max(worker.kv_max_bytes, worker.kv_limit_bytes)
         need = worker.weights_bytes + kv + worker.residual_bytes
         if need > room:
             _log.error(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from maestro_agents.protocol import MaestroError
 from maestro_backend.workers import (
     Worker,
     WorkerRecord,
@@ -14,7 +16,7 @@ from maestro_backend.workers import (
     read_records,
 )
 
-from ._ledger import Ledger
+from ._ledger import Expected, Ledger
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class TakeOver:
         self._settling: list[asyncio.Task[None]] = []
         for file, record in read_records(records).items():
             if record.lives():
-                ledger.expect(record.model, record.device, record.most_bytes)
+                self._expect(record)
             self._tasks[record.model] = asyncio.create_task(self._take(file, record))
 
     async def soon(self) -> None:
@@ -55,10 +57,32 @@ class TakeOver:
 
     async def give_up(self) -> None:
         """Leave those that are still slow to whoever comes next; their records stay."""
-        tasks = [*self._tasks.values(), *self._settling]
+        tasks = self._all_tasks()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def over(self) -> bool:
+        """Wait, a minute at most, until nothing is expected any more; False where nothing was."""
+        if not self._ledger.expected:
+            return False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LIMIT_S):
+                while under_way := [t for t in self._all_tasks() if not t.done()]:
+                    await asyncio.wait(under_way)
+        return True
+
+    def _all_tasks(self) -> list[asyncio.Task[None]]:
+        return [*self._tasks.values(), *self._settling]
+
+    def _expect(self, record: WorkerRecord) -> None:
+        """By its record, or by what is known of its model, whatever is more."""
+        device, most, host = record.device, record.most_bytes, record.host_bytes
+        if worker := self._workers.get(record.model):
+            info = worker.info
+            device = device or info.device
+            most, host = max(most, info.most_bytes), max(host, info.host_copy_bytes)
+        self._ledger.expect(record.model, Expected(device, most, host))
 
     async def _take(self, file: Path, record: WorkerRecord) -> None:
         worker = self._workers.get(record.model)
@@ -66,16 +90,25 @@ class TakeOver:
         if mine is not None and await _adopted(mine, record):
             self._settling.append(asyncio.create_task(self._settle(mine)))
             return
-        if record.lives():
-            log.warning("ending %s (pid %d): it cannot be adopted", record.model, record.pid)
-        await end_stray(record)
-        file.unlink(missing_ok=True)
-        self._ledger.known(record.model)
+        try:
+            if record.lives():
+                log.warning("ending %s (pid %d): it cannot be adopted", record.model, record.pid)
+            await end_stray(record)
+            file.unlink(missing_ok=True)
+        finally:
+            self._ledger.known(record.model)
 
     async def _settle(self, worker: Worker) -> None:
         """A move of the earlier agent's may be under way, and tells what it takes when it ends."""
-        await worker.settled()
-        self._ledger.known(worker.info.model)
+
+        def known() -> None:
+            self._ledger.known(worker.info.model)
+
+        try:
+            with suppress(MaestroError):  # it has ended, and tells so itself
+                await worker.settled(known)
+        finally:
+            known()
 
 
 async def _adopted(worker: Worker, record: WorkerRecord) -> bool:
@@ -83,6 +116,9 @@ async def _adopted(worker: Worker, record: WorkerRecord) -> bool:
         async with asyncio.timeout(_LIMIT_S):
             return await worker.adopt(record)
     except TimeoutError:
+        return False
+    except Exception:  # an engine that answers nonsense is no worker of ours
+        log.exception("%s (pid %d) could not be adopted", record.model, record.pid)
         return False
 
 

@@ -13,6 +13,7 @@ from maestro_agents.protocol import BackendError
 from maestro_backend.config import Config, NodeConfig
 from maestro_backend.scheduler import DeviceMeasured, NodeInfo, Residency, WorkerInfo, WorkerState
 from maestro_backend.workers import (
+    DoesNotFitError,
     Worker,
     cache_dir,
     file_name,
@@ -131,16 +132,25 @@ class Agent:
         """
         worker = await self._worker(model)
         try:
-            if residency is Residency.HOST and not self._closed:
-                await self._make_host_room(worker)
-            async with self._turn(worker, residency):
-                if self._closed and residency is not Residency.DISK:
-                    raise BackendError("the node agent is stopping")
-                await worker.bring(residency, kv_limit_bytes)
+            try:
+                await self._bring(worker, residency, kv_limit_bytes)
+            except DoesNotFitError:
+                if self._arrival is None or not await self._arrival.over():
+                    raise
+                # Workers of an earlier agent have told by now what they really take.
+                await self._bring(worker, residency, kv_limit_bytes)
         finally:
             self._moved.pop(model, None)
             self._moved[model] = None
             await self._measurement.once()  # what it has freed counts only when measured
+
+    async def _bring(self, worker: Worker, residency: Residency, kv_limit: int | None) -> None:
+        if residency is Residency.HOST and not self._closed:
+            await self._make_host_room(worker)
+        async with self._turn(worker, residency):
+            if self._closed and residency is not Residency.DISK:
+                raise BackendError("the node agent is stopping")
+            await worker.bring(residency, kv_limit)
 
     async def set_kv_limit(self, model: str, limit_bytes: int) -> int:
         """Let the worker of `model` hold so many bytes of KV cache; those it holds now, which are

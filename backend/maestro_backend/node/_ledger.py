@@ -25,6 +25,15 @@ class Held:
         return max(self.memory.total_bytes, self.measured_bytes or 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a live process may take at most that has not told yet what it takes. Bytes."""
+
+    device: str
+    device_bytes: int
+    host_bytes: int
+
+
 class Ledger:
     """capacity >= weights + KV limits + residual, on each device and at any time; so the host.
 
@@ -48,7 +57,7 @@ class Ledger:
         self._workers = workers
         self._held: dict[str, Held] = {}
         self._host: dict[str, int] = {}
-        self._expected: dict[str, tuple[str, int]] = {}
+        self._expected: dict[str, Expected] = {}
 
     @property
     def held(self) -> Mapping[str, Held]:
@@ -61,8 +70,8 @@ class Ledger:
         return self._host
 
     @property
-    def expected(self) -> Mapping[str, tuple[str, int]]:
-        """Device and bytes at most of those that have not told yet what they take."""
+    def expected(self) -> Mapping[str, Expected]:
+        """Those that have not told yet what they take."""
         return self._expected
 
     def free_bytes(self, device: str) -> int:
@@ -103,12 +112,16 @@ class Ledger:
 
     def host_room(self, model: str) -> int:
         """The most host bytes that `model` could hold now, what it holds already among them."""
-        others = sum(size for name, size in self._host.items() if name != model)
-        return max(0, self.host_capacity - others)
+        taken = dict(self._host)
+        if model not in self._expected:
+            for name, most in self._expected.items():
+                taken[name] = max(most.host_bytes, taken.get(name, 0))
+        taken.pop(model, None)
+        return max(0, self.host_capacity - sum(taken.values()))
 
-    def expect(self, model: str, device: str, most_bytes: int) -> None:
-        """Nobody else gets `most_bytes` of the device, whatever is free, until `known`."""
-        self._expected[model] = (device, most_bytes)
+    def expect(self, model: str, most: Expected) -> None:
+        """Nobody else gets so much, whatever is free, until `known`."""
+        self._expected[model] = most
 
     def known(self, model: str) -> None:
         """From now on what `model` holds is all that it takes."""
@@ -129,7 +142,18 @@ class Ledger:
 
     def _room(self, device: str, but_for: str) -> int:
         counted = sum(counted for _, counted in self._taken(device, but_for).values())
-        return self.capacity[device] - self._outside[device] - counted
+        return self.capacity[device] - self._outsiders(device, but_for) - counted
+
+    def _outsiders(self, device: str, but_for: str) -> int:
+        """What others take. Who is only expected is measured as one, and must not count twice."""
+        if but_for in self._expected:
+            return 0
+        strangers = (
+            most.device_bytes
+            for model, most in self._expected.items()
+            if most.device == device and model not in self._held
+        )
+        return max(0, self._outside[device] - sum(strangers))
 
     def _taken(self, device: str, but_for: str) -> dict[str, tuple[int, int]]:
         """What each other model was promised of the device, and what counts for it. Bytes."""
@@ -139,10 +163,10 @@ class Ledger:
             if held.device == device
         }
         if but_for not in self._expected:
-            for model, (where, most) in self._expected.items():
-                if where == device:
-                    promised, counted = taken.get(model, (most, most))
-                    taken[model] = (promised, max(most, counted))
+            for model, most in self._expected.items():
+                if most.device == device:
+                    promised, counted = taken.get(model, (most.device_bytes, 0))
+                    taken[model] = (promised, max(most.device_bytes, counted))
         taken.pop(but_for, None)
         return taken
 
@@ -152,7 +176,7 @@ class Ledger:
             memory,
             device=DeviceInfo(device, self.capacity[device]),
             room=self._room(device, but_for=model),
-            outside=self._outside[device],
+            outside=self._outsiders(device, but_for=model),
             taken=self._taken(device, but_for=model),
             workers={worker.model: worker for worker in self._workers()},
         )

@@ -78,8 +78,11 @@ def _by_shrinking(worker: WorkerInfo) -> int:
 
 
 def _by_suspending(worker: WorkerInfo) -> int:
-    tiers = {Residency.HOST, Residency.PARKED} & set(worker.tiers)
-    return worker.weights_bytes if tiers and worker.state is WorkerState.READY else 0
+    if worker.state is not WorkerState.READY:
+        return 0
+    if not {Residency.HOST, Residency.PARKED} & set(worker.tiers):
+        return 0
+    return worker.weights_bytes + (0 if worker.elastic else worker.kv_limit_bytes)
 
 
 def _smaller_kv(memory: Memory, room: int, worker: WorkerInfo | None) -> Iterator[str]:

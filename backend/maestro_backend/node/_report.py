@@ -47,7 +47,11 @@ def memory_report(
             for model, held in ledger.held.items()
         },
         "expected": {
-            model: {"device": device, "most_bytes": most}
-            for model, (device, most) in ledger.expected.items()
+            model: {
+                "device": most.device,
+                "device_bytes": most.device_bytes,
+                "host_bytes": most.host_bytes,
+            }
+            for model, most in ledger.expected.items()
         },
     }

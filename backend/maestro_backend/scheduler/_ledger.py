@@ -207,11 +207,6 @@ def least_bytes(info: WorkerInfo) -> int:
     return info.weights_bytes + kv_least(info) + info.residual_bytes
 
 
-def most_bytes(info: WorkerInfo) -> int:
-    """What it takes there at most."""
-    return info.weights_bytes + kv_most(info) + info.residual_bytes
-
-
 def kv_most(info: WorkerInfo) -> int:
     """The largest KV limit that a worker can have."""
     return max(info.kv_max_bytes, info.kv_limit_bytes)

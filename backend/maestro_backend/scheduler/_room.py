@@ -137,7 +137,9 @@ class Room:
             return kv
         if tier is Residency.HOST:
             promised[info.node] = promised.get(info.node, 0) + copy_bytes(info)
-        return claim.weights + (kv if info.elastic else claim.kv_limit)
+        if not info.elastic and not claim.kept:
+            kv = claim.kv_limit
+        return claim.weights + kv
 
     def stops(self) -> Iterator[Step]:
         """Whole processes that may leave, those without weights on the device first."""

@@ -12,7 +12,6 @@ from ._commands import Abort, Command, Reject, RejectReason
 from ._dispatch import Dispatcher
 from ._invariants import check
 from ._kept import KeptPrefixes
-from ._ledger import most_bytes
 from ._nouns import Residency, WorkerInfo, WorkerState
 from ._residency import Residencies
 from ._settings import Settings
@@ -299,7 +298,7 @@ class Scheduler:
     def _bring_failed(self, info: WorkerInfo, move: Move, reason: str, now: float) -> None:
         if info.state is WorkerState.SUSPENDED:
             self.residencies.broken.add(info.worker)  # to be stopped and started anew
-        elif info.state is WorkerState.STOPPED and most_bytes(info) != move.need:
+        elif info.state is WorkerState.STOPPED and info.most_bytes != move.need:
             return  # its size is known only now: plan again
         elif info.state is not WorkerState.READY:
             self.residencies.fail(info.model, reason, now)

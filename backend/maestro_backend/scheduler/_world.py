@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from ._calls import Call, CallTable
 from ._commands import DropPrefix, KeepPrefix, Preempt, SetKvLimit, SetResidency
-from ._ledger import Kept, Ledger, held_by, kv_aside, most_bytes
+from ._ledger import Kept, Ledger, held_by, kv_aside
 from ._nouns import Residency, WorkerInfo, WorkerState
 from ._placement import kv_bytes
 from ._runs import LIKELY, RunTable
@@ -188,7 +188,7 @@ class World:
         command = self.next_id()
         if (change := self.changes.get(info.worker)) and change.applied is not None:
             del self.changes[info.worker]
-        self.moves[command] = Move(info.worker, residency, kv_limit, most_bytes(info))
+        self.moves[command] = Move(info.worker, residency, kv_limit, info.most_bytes)
         self.account(info.worker)
         return SetResidency(command, info.node, info.model, residency, kv_limit)
 

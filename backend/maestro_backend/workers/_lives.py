@@ -150,17 +150,17 @@ class Lives:
 
     def _write_record(self, process: EngineProcess) -> None:
         info = self._standing.info
-        kv_bytes = max(info.kv_limit_bytes, info.kv_max_bytes)
         record = WorkerRecord(
             model=info.model,
-            device=info.device,
-            most_bytes=info.weights_bytes + kv_bytes + info.residual_bytes,
             pid=process.pid,
             create_time=process.create_time,
             address=str(self._address),
             fingerprint=self._fingerprint,
             log=str(self._log),
-            started=time.time(),
+            started=process.create_time,
+            device=info.device,
+            most_bytes=info.most_bytes,
+            host_bytes=max(info.host_copy_bytes, info.host_bytes),
         )
         try:
             record.write(self._record)
@@ -191,6 +191,7 @@ class Lives:
         sizes = await self._sizes.measured(promised, probe, status)
         self.live = LiveWorker(process, control, self._standing, status)
         await self._claim_measured(control, status, sizes)
+        self._write_record(process)  # now with what it has turned out to take
         seconds = time.monotonic() - began
         self._standing.learned.moved(promised.model, Residency.DISK, Residency.DEVICE, seconds)
         if self._orders.goal is Residency.DEVICE:

@@ -20,18 +20,19 @@ log = logging.getLogger(__name__)
 class WorkerRecord:
     """A started process. Times are seconds since the epoch; `pid` is also its process group.
 
-    `most_bytes` is what it may take of `device` at most.
+    `most_bytes` is what it may take of `device` at most, `host_bytes` of the host.
     """
 
     model: str
-    device: str
-    most_bytes: int
     pid: int
     create_time: float
     address: str
     fingerprint: str
     log: str
     started: float
+    device: str = ""
+    most_bytes: int = 0
+    host_bytes: int = 0
 
     def write(self, path: Path) -> None:
         """Put it at `path`, whole or not at all.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,10 +212,17 @@ class Worker:
             await asyncio.sleep(0)  # it has begun, and ends the process whatever comes next
             return True
 
-    async def settled(self) -> None:
-        """Wait until what was asked before is done, or can be no more."""
-        with suppress(BackendError):
-            await self._ask_live(_nothing)
+    async def settled(self, then: Callable[[], None]) -> None:
+        """Wait until what was asked before is done; `then` is called before anything else is.
+
+        Raises:
+            MaestroError: it can be done no more.
+        """
+
+        async def work(live: LiveWorker) -> None:
+            then()
+
+        await self._ask_live(work)
 
     # --- orders ---------------------------------------------------------------------------------
 

@@ -53,11 +53,12 @@ class Control:
 
     async def state(self) -> dict[str, Any]:
         """The worker as it is now; sizes in bytes."""
+        tier = self._tier  # before the KV: on its way back it counts rather too early than too late
         kv = await self._core("maestro_kv")
         [memory, *_] = await self._workers("maestro_memory")
         memory.pop("on_device")
         return {
-            "residency": self._tier,
+            "residency": tier,
             "requests": kv.pop("requests"),
             "elastic": kv.pop("elastic"),
             "kv": {**kv, "resident_bytes": memory.pop("kv_resident_bytes")},

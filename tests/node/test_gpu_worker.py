@@ -400,9 +400,9 @@ def test_the_kv_cache_leaves_after_the_weights_and_comes_back_with_them(
     vllm: FakeVllm, worker: Worker, weights: Any, copied: bool
 ) -> None:
     before, kv = vllm.gpu.contents(), vllm.gpu.allocate("kv_cache", b"kv" * 50)
-    assert weights.takes_kv_along
-    assert weights.release_kv() == 0, "the model needs it"
-    weights.keep_copy(None) if copied else None
+    assert weights.takes_kv_along and weights.release_kv() == 0, "the model needs it"
+    if copied:
+        weights.keep_copy(None)
     weights.suspend()
     assert [weights.release_kv(), weights.release_kv(), vllm.gpu.used] == [100, 0, 0]
     vllm.gpu.fail["map"] = 3  # the cache is the last

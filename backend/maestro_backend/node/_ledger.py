@@ -99,7 +99,8 @@ class Ledger:
             DoesNotFitError: the host budget has not that much free; nothing has changed.
         """
         if size > max(self._host.get(model, 0), self.host_room(model)):
-            raise DoesNotFitError(host_refusal(model, size, self.host_capacity, self._host))
+            taken = self._host_taken(but_for=model)
+            raise DoesNotFitError(host_refusal(model, size, self.host_capacity, taken))
         if size:
             self._host[model] = size
         else:
@@ -112,12 +113,7 @@ class Ledger:
 
     def host_room(self, model: str) -> int:
         """The most host bytes that `model` could hold now, what it holds already among them."""
-        taken = dict(self._host)
-        if model not in self._expected:
-            for name, most in self._expected.items():
-                taken[name] = max(most.host_bytes, taken.get(name, 0))
-        taken.pop(model, None)
-        return max(0, self.host_capacity - sum(taken.values()))
+        return max(0, self.host_capacity - sum(self._host_taken(but_for=model).values()))
 
     def expect(self, model: str, most: Expected) -> None:
         """Nobody else gets so much, whatever is free, until `known`."""
@@ -167,6 +163,15 @@ class Ledger:
                 if most.device == device:
                     promised, counted = taken.get(model, (most.device_bytes, 0))
                     taken[model] = (promised, max(most.device_bytes, counted))
+        taken.pop(but_for, None)
+        return taken
+
+    def _host_taken(self, but_for: str) -> dict[str, int]:
+        """What counts for each other model of the host budget."""
+        taken = dict(self._host)
+        if but_for not in self._expected:
+            for model, most in self._expected.items():
+                taken[model] = max(most.host_bytes, taken.get(model, 0))
         taken.pop(but_for, None)
         return taken
 

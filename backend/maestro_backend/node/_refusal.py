@@ -44,10 +44,9 @@ def device_refusal(
     )
 
 
-def host_refusal(model: str, size: int, capacity: int, held: Mapping[str, int]) -> str:
+def host_refusal(model: str, size: int, capacity: int, others: Mapping[str, int]) -> str:
     """The same for a copy in host memory."""
-    others = {name: taken for name, taken in held.items() if name != model}
-    listed = ", ".join(f"{name} {_gib(taken)}" for name, taken in others.items())
+    listed = ", ".join(f"{name} {_gib(taken)}" for name, taken in others.items() if taken)
     return (
         f"does not fit yet: the copy of {model} in host memory takes {_gib(size)}; the budget has"
         f" {_gib(max(0, capacity - sum(others.values())))} free of {_gib(capacity)}"

@@ -74,14 +74,13 @@ class WorkerInfo:
     pid: int | None = None
     address: str = ""
     """Unix socket path of the OpenAI server, empty while there is none."""
+    detail: str = ""
 
     @property
     def most_bytes(self) -> int:
         """What it takes of its device at most."""
         kv_bytes = max(self.kv_max_bytes, self.kv_limit_bytes)
         return self.weights_bytes + kv_bytes + self.residual_bytes
-
-    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)

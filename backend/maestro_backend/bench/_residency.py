@@ -43,7 +43,7 @@ async def bench_residency(
         "activation_s": times,
         "speedup": {tier: round(median / t["median"], 1) for tier, t in times.items()},
         "put_aside_s": {tier: spread(s) for tier, s in bench.put_aside.items()},
-        "first_call_s": {tier: spread(s) for tier, s in bench.first_call.items()},
+        "answers_s": {tier: spread(s) for tier, s in bench.answers_s.items()},
         "freed_bytes": bench.freed,
         "rss_drift": round(max(bench.drifts), 4),
         "outputs_identical": bench.identical,
@@ -56,7 +56,7 @@ class _Bench:
         self._answers: tuple[str, ...] = ()
         self._pss = 0
         self.put_aside: dict[str, list[float]] = {"host": [], "parked": []}
-        self.first_call: dict[str, list[float]] = {"host": [], "parked": []}
+        self.answers_s: dict[str, list[float]] = {"host": [], "parked": []}
         self.drifts: list[float] = []
         self.freed = 0
         self.identical = True
@@ -88,7 +88,7 @@ class _Bench:
         seconds = await self._bring(Residency.DEVICE)
         started = time.monotonic()
         await self.check()
-        self.first_call[tier.value].append(time.monotonic() - started)
+        self.answers_s[tier.value].append(time.monotonic() - started)
         drift = abs(pss_bytes(worker.pid or 0) - self._pss) / self._pss
         self.drifts.append(drift)
         say(f"{tier.value} -> device: {seconds:.2f} s, freed {freed >> 20} MiB, drift {drift:.2%}")

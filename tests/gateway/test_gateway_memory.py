@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
 from gateway.gateways import GIB, Gateway, gateway
 from gateway.test_gateway_control import TEAM, URL, headers
 
@@ -37,6 +38,16 @@ async def running(g: Gateway, number: int) -> CallRecord:
 
     await g.until(at_work)
     return list(g.shell.records.calls.values())[number]
+
+
+@pytest.mark.parametrize("held", [0, 80 * GIB])
+async def test_a_model_that_can_never_run_here_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, held: int
+) -> None:
+    """Also while its KV cache, which has one size, is away with its weights."""
+    fixed = {"elastic": False, "kv_max_bytes": 80 * GIB, "kv_limit_bytes": held}
+    async with gateway(tmp_path, worker=fixed):
+        assert "big cannot run here: it needs 81.0 GiB" in caplog.text
 
 
 async def test_a_kv_limit_grows_for_a_call_that_needs_it(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ async def test_weights_on_their_way_back_are_counted_before_they_are_there(
     stub_config: MakeConfig,
 ) -> None:
     """The room is for the weights of one; the worker itself still says that it is suspended."""
-    slow = {"engine_args": {**WEIGHTS, "resume_s": 3.0}}
+    slow = {"engine_args": {**WEIGHTS, "resume_s": 6.0}}
     config = stub_config(memory="320MiB", a=slow, b={"engine_args": WEIGHTS})
     async with leased(config) as node:
         for model in "ba":
@@ -68,6 +68,7 @@ async def test_weights_on_their_way_back_are_counted_before_they_are_there(
         await node.join()
         assert (await worker_of(node, "a")).residency is HOST
         other = asyncio.create_task(node.set_residency("b", DEVICE))
+        assert (await node.memory())["expected"], "the resume was over before it could be counted"
         before = await worker_of(node, "b")
         while (await node.memory())["expected"]:
             assert before.residency is HOST

@@ -232,3 +232,12 @@ def test_a_refusal_of_the_host_budget_names_who_has_it() -> None:
         books.hold_host("b", 2 * GIB)
     for words in ("copy of b", "1.00 GiB free of 3.00 GiB", "a 2.00 GiB", "host_memory"):
         assert words in str(raised.value)
+
+
+def test_a_cache_of_one_size_counts_among_what_a_suspend_frees() -> None:
+    everywhere = (Residency.DEVICE, Residency.HOST, Residency.PARKED)
+    sizes = {"weights_bytes": GIB, "kv_limit_bytes": 2 * GIB, "tiers": everywhere}
+    for elastic, advised in ((False, True), (True, False)):
+        books = ledger(4 * GIB, 0, worker("a", **sizes, kv_floor_bytes=2 * GIB, elastic=elastic))
+        books.hold("a", CPU, Memory(GIB, 2 * GIB, 0))
+        assert ("suspend a" in refusal(books, Memory(3 * GIB, 0, 0))) is advised

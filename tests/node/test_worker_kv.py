@@ -112,11 +112,12 @@ async def test_a_cache_of_one_size(home: Home) -> None:
 
 
 async def test_a_cache_of_one_size_stays_while_something_is_in_it(home: Home) -> None:
-    slow = {"decode_tokens_s": 20, "output_tokens": 20}
+    slow = {"decode_tokens_s": 20, "output_tokens": 40}
     worker = home.worker(engine_args={"elastic": False, **slow})
     await worker.bring(DEVICE)
     call = asyncio.create_task(chat(worker))
-    await asyncio.sleep(0.3)
+    while not (await control(worker))["kv"]["used_bytes"]:
+        assert not call.done()
     await worker.bring(HOST)
     assert worker.info.kv_limit_bytes == KV
     assert home.held() == (KV + RESIDUAL, WEIGHTS)

@@ -46,7 +46,9 @@ async def state(http: httpx.AsyncClient) -> dict[str, Any]:
     return told
 
 
-async def ask(http: httpx.AsyncClient, prompt: str, tokens: int = 24, call: str = "a") -> str:
+async def reply(
+    http: httpx.AsyncClient, prompt: str, tokens: int = 24, call: str = "a"
+) -> dict[str, Any]:
     model = (await http.get("/v1/models")).json()["data"][0]["id"]
     body = {
         "model": model,
@@ -56,7 +58,12 @@ async def ask(http: httpx.AsyncClient, prompt: str, tokens: int = 24, call: str 
         "temperature": 0,
     }
     answer = await http.post("/v1/chat/completions", json=body, headers={"x-request-id": call})
-    return str(answer.raise_for_status().json()["choices"][0]["message"]["content"])
+    told: dict[str, Any] = answer.raise_for_status().json()
+    return told
+
+
+async def ask(http: httpx.AsyncClient, prompt: str, tokens: int = 24, call: str = "a") -> str:
+    return str((await reply(http, prompt, tokens, call))["choices"][0]["message"]["content"])
 
 
 async def answers(http: httpx.AsyncClient) -> list[str]:
@@ -123,13 +130,13 @@ async def test_a_copy_is_refused_over_the_host_budget(vllm_node: LocalNode) -> N
 async def test_calls_freeze_and_wait_while_the_weights_are_away(vllm_node: LocalNode) -> None:
     """On the slower model: its calls take seconds, so that they are seen before they end."""
     async with engine(vllm_node, "smollm2") as http:
-        begun = [asyncio.create_task(ask(http, p, 120, f"run-{p[:3]}")) for p in PROMPTS]
+        begun = [asyncio.create_task(reply(http, p, 120, f"run-{p[:3]}")) for p in PROMPTS]
         live = await running(http, len(PROMPTS))
         assert {entry["call"] for entry in live} == {"run-Tel", "run-Cou"}
         assert all(entry["kv_bytes"] > 0 and entry["computed_tokens"] > 0 for entry in live)
         moved = (await http.post("/maestro/residency", json={"residency": "host"})).json()
         assert moved["requests"] == len(PROMPTS)
-        late = asyncio.create_task(ask(http, "Late.", 8))
+        late = asyncio.create_task(reply(http, "Late.", 8))
         frozen = (await http.get("/maestro/progress")).json()["requests"]
         again = (await http.get("/maestro/progress")).json()["requests"]
         assert [e["generated_tokens"] for e in frozen[:2]] == [
@@ -137,7 +144,8 @@ async def test_calls_freeze_and_wait_while_the_weights_are_away(vllm_node: Local
         ]
         assert not any(task.done() for task in (*begun, late))
         await http.post("/maestro/residency", json={"residency": "device"})
-        assert all([await task for task in (*begun, late)])
+        ends = [await task for task in (*begun, late)]
+        assert [end["usage"]["completion_tokens"] for end in ends] == [120, 120, 8]
 
 
 async def test_the_prefix_cache_survives_when_only_weights_move(vllm_node: LocalNode) -> None:

@@ -132,13 +132,12 @@ class Agent:
         """
         worker = await self._worker(model)
         try:
-            try:
-                await self._bring(worker, residency, kv_limit_bytes)
-            except DoesNotFitError:
-                if self._arrival is None or not await self._arrival.over():
-                    raise
-                # Workers of an earlier agent have told by now what they really take.
-                await self._bring(worker, residency, kv_limit_bytes)
+            await self._bring(worker, residency, kv_limit_bytes)
+        except DoesNotFitError:
+            if self._arrival is None or not await self._arrival.over():
+                raise
+            # Workers of an earlier agent have told by now what they really take.
+            await self._bring(worker, residency, kv_limit_bytes)
         finally:
             self._moved.pop(model, None)
             self._moved[model] = None

@@ -45,6 +45,7 @@ class App:
             "/health": ("GET", self._health),
             "/metrics": ("GET", self._metrics),
             "/stub/fault": ("POST", self._fault),
+            "/stub/paused": ("POST", self._pause),
             "/stub/requests": ("GET", self._requests),
         }
 
@@ -138,6 +139,14 @@ class App:
         faults = Fault.parse(await _read_json(receive))
         self.engine.faults.extend(faults)
         await _send_whole(send, json.dumps({"planned": len(self.engine.faults)}).encode())
+
+    async def _pause(self, scope: Scope, receive: Receive, send: Send) -> None:
+        paused = (await _read_json(receive)).get("paused")
+        if not isinstance(paused, bool):
+            raise ApiError(400, "paused: expected true or false", param="paused")
+        (self.engine.open.clear if paused else self.engine.open.set)()
+        told = {"paused": paused, "moving": self.engine.moving}
+        await _send_whole(send, json.dumps(told).encode())
 
     async def _requests(self, scope: Scope, receive: Receive, send: Send) -> None:
         seen = [asdict(request) for request in self.engine.requests]

@@ -99,9 +99,11 @@ class Control:
         if copies and budget is not None and weights.size > budget:
             raise RefusedError(422, f"a copy takes {weights.size} of {budget} bytes of host memory")
         engine.resident.clear()
+        engine.moving = True
         try:
             resumes = wanted == "device"
             await asyncio.sleep(engine.settings.resume_s if resumes else engine.settings.suspend_s)
+            await engine.open.wait()
             if resumes and self._failures:
                 self._failures -= 1
                 raise RefusedError(409, "planned failure of a resume")
@@ -109,6 +111,7 @@ class Control:
             self._kv_away = not resumes and (self._kv_away or self._kv_may_leave())
             return freed
         finally:
+            engine.moving = False
             if weights.residency == "device":
                 engine.resident.set()
 

@@ -74,11 +74,13 @@ class Engine:
         self.generation_tokens = 0
         self.finished: Counter[str] = Counter()
         self.open = asyncio.Event()
-        """While it is not set, nothing is computed."""
+        """While it is not set, nothing is computed and no weights move."""
         self.open.set()
         self.resident = asyncio.Event()
         """While it is not set, the weights are not on the device: nothing is computed either."""
         self.resident.set()
+        self.moving = False
+        """Whether the weights are on their way."""
         self.weights = Weights(settings.weights_bytes)
         self.kv = KvCache(settings.kv_blocks, settings.block_size, settings.max_model_len)
         if settings.kv_limit_bytes is not None:

@@ -140,7 +140,7 @@ class StubEngine:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, requests are accepted and queued but nothing is computed."""
+        """Inside, requests are accepted and queued but nothing is computed and moved."""
         self._set_open(False)
         try:
             yield

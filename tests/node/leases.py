@@ -42,6 +42,14 @@ async def ask(worker: WorkerInfo, path: str = "/maestro/worker") -> dict[str, An
         return dict((await http.get(path)).raise_for_status().json())
 
 
+async def pause(worker: WorkerInfo, paused: bool) -> bool:
+    """Of a stub: while it is paused, its weights stay where they are. Whether they are moving."""
+    transport = httpx.AsyncHTTPTransport(uds=worker.address)
+    async with httpx.AsyncClient(transport=transport, base_url="http://worker") as http:
+        answer = await http.post("/stub/paused", json={"paused": paused})
+        return bool(answer.raise_for_status().json()["moving"])
+
+
 async def all_known(node: LocalNode) -> dict[str, Any]:
     """The memory report once every worker has told what it takes."""
     async with asyncio.timeout(10):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from node.leases import ask, check_the_books, kill_agent, leased, records
+from node.leases import ask, check_the_books, kill_agent, leased, pause, records
 from node.model_server import model, serving
 from node.nodes import MakeConfig, wait_for, worker_of
 
@@ -54,25 +54,26 @@ async def test_weights_on_their_way_back_are_counted_before_they_are_there(
     stub_config: MakeConfig,
 ) -> None:
     """The room is for the weights of one; the worker itself still says that it is suspended."""
-    slow = {"engine_args": {**WEIGHTS, "resume_s": 6.0}}
-    config = stub_config(memory="320MiB", a=slow, b={"engine_args": WEIGHTS})
+    weights = {"engine_args": WEIGHTS}
+    config = stub_config(memory="320MiB", a=weights, b=weights)
     async with leased(config) as node:
         for model in "ba":
             await node.set_residency(model, DEVICE)
             await node.set_residency(model, HOST)
+        await pause(await worker_of(node, "a"), True)
         task = asyncio.create_task(node.set_residency("a", DEVICE))
-        await wait_for(node, lambda w: w.state is WorkerState.RESUMING)
+        while not await pause(await worker_of(node, "a"), True):
+            await asyncio.sleep(0.01)
         kill_agent(node)
         with pytest.raises(BackendError, match="agent is gone"):
             await task
         await node.join()
         assert (await worker_of(node, "a")).residency is HOST
+        assert (await node.memory())["expected"]
         other = asyncio.create_task(node.set_residency("b", DEVICE))
-        assert (await node.memory())["expected"], "the resume was over before it could be counted"
-        before = await worker_of(node, "b")
-        while (await node.memory())["expected"]:
-            assert before.residency is HOST
-            before = await worker_of(node, "b")
+        await asyncio.sleep(0.5)
+        assert (await worker_of(node, "b")).residency is HOST
+        await pause(await worker_of(node, "a"), False)
         await other
         await check_the_books(node)
 

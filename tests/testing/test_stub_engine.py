@@ -140,6 +140,17 @@ async def test_faults_can_be_planned_over_http(stub: StubEngine, http: httpx.Asy
     assert wrong.json()["error"]["param"] == "kind"
 
 
+async def test_it_can_be_paused_over_http(stub: StubEngine, http: httpx.AsyncClient) -> None:
+    paused = await http.post(f"{stub.url}/stub/paused", json={"paused": True})
+    assert paused.json() == {"paused": True, "moving": False}
+    call = asyncio.create_task(http.post("/chat/completions", json=body()))
+    assert not (await asyncio.wait({call}, timeout=0.2))[0]
+    await http.post(f"{stub.url}/stub/paused", json={"paused": False})
+    assert (await call).status_code == 200
+    wrong = await http.post(f"{stub.url}/stub/paused", json={"paused": "yes"})
+    assert wrong.json()["error"]["param"] == "paused"
+
+
 def test_a_stub_in_this_process_refuses_to_die(stub: StubEngine) -> None:
     with pytest.raises(UnsupportedError, match="drop"):
         stub.fail_next("die")

@@ -1,10 +1,14 @@
-"""What our GPU code takes for granted of vLLM, held against the source of the installed one."""
+"""What our GPU code takes for granted of vLLM, held against the source of the installed one.
+
+`MAESTRO_VLLM_SOURCE=FOLDER` reads an unpacked wheel's `vllm` folder instead.
+"""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import importlib.util
+import os
 import subprocess
 import sys
 from functools import cache
@@ -15,10 +19,11 @@ from node.gpus import AllocationData
 
 from maestro_backend.workers.vllm_plugin._sleep import _WRITERS
 
+SOURCE = os.environ.get("MAESTRO_VLLM_SOURCE")
 _found = importlib.util.find_spec("vllm")
-if _found is None or not _found.submodule_search_locations:
+if not SOURCE and (_found is None or not _found.submodule_search_locations):
     pytest.skip("vLLM is not installed (ENGINE=stub make setup)", allow_module_level=True)
-VLLM = Path(_found.submodule_search_locations[0])
+VLLM = Path(SOURCE or _found.submodule_search_locations[0])  # type: ignore[union-attr,index]
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -107,13 +112,37 @@ def test_stock_sleep_gives_memory_back_by_the_same_calls() -> None:
 
 
 def test_a_worker_makes_its_backend_at_first_use_by_the_name_in_its_config() -> None:
-    made = ast.unparse(definition(WORKER, "Worker", "sleep_mode_backend"))
-    assert "if self._sleep_mode_backend is None" in made
-    assert "create_backend(self.vllm_config.model_config)" in made
+    worker = ast.unparse(definition(WORKER, "Worker"))
+    ways = ("@property\n    def sleep_mode_backend(self)", "def _get_sleep_mode_backend(self)")
+    assert sum(way in worker for way in ways) == 1
+    assert "if self._sleep_mode_backend is None" in worker
+    assert "create_backend(self.vllm_config.model_config)" in worker
     assert "self._sleep_mode_backend: SleepModeBackend | None = None" in ast.unparse(tree(WORKER))
     config = ast.unparse(definition("config/model.py", "ModelConfig"))
     assert "sleep_mode_backend: str = 'cumem'" in config
     assert "enable_sleep_mode: bool = False" in config
+
+
+def test_what_a_wake_does_beside_the_memory_is_what_we_do() -> None:
+    """Buffers after level 2; in 0.26 also `post_kv_cache_wake_up`, which later versions lack."""
+    awake = definition(WORKER, "Worker", "wake_up")
+    called = {ast.unparse(n.func) for n in ast.walk(awake) if isinstance(n, ast.Call)}
+    assert {name for name in called if name.startswith(("self", "inner"))} <= {
+        "self._get_sleep_mode_backend",
+        "self._get_sleep_mode_backend().resume",
+        "self._sleep_saved_buffers[name].data",
+        "self.get_draft_model",
+        "self.model_runner.post_kv_cache_wake_up",
+        "self.sleep_mode_backend.resume",
+        "self.synchronize_device",
+        "inner._build_fused_kv_buffers",
+    }
+
+
+def test_a_reload_loads_the_model_and_no_draft_model() -> None:
+    reload = definition("v1/worker/gpu_model_runner.py", "GPUModelRunner", "reload_weights")
+    assert "model = self.get_model()" in ast.unparse(reload)
+    assert "draft" not in ast.unparse(reload)
 
 
 def test_a_load_is_tagged_as_weights_and_the_kv_cache_as_such() -> None:
@@ -175,6 +204,7 @@ print("class:", stock.__name__)
 """
 
 
+@pytest.mark.skipif(bool(SOURCE), reason="MAESTRO_VLLM_SOURCE: that vLLM is not installed")
 def test_the_real_factory_takes_our_backend() -> None:
     done = subprocess.run(
         (sys.executable, "-c", REAL), capture_output=True, text=True, timeout=120, check=False

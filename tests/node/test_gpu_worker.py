@@ -272,6 +272,8 @@ class Worker:
         self._backend = backend
         self.reloads = 0
         self.fail_reload = False
+        self.draft: Any = None
+        self.model_runner = SimpleNamespace()
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(sleep_mode_backend="cumem"),
             lora_config=changing.get("lora"),
@@ -295,8 +297,8 @@ class Worker:
     def get_model(self) -> Any:
         return self.model
 
-    def get_draft_model(self) -> None:
-        return None
+    def get_draft_model(self) -> Any:
+        return self.draft
 
     def reload_weights(self) -> None:
         self.reloads += 1
@@ -306,6 +308,15 @@ class Worker:
 
     def update_weights(self, content: bytes) -> None:
         self._vllm.gpu.write(self.layer, content)
+
+
+class OldWorker(Worker):
+    """As vLLM 0.26 has it."""
+
+    sleep_mode_backend = property()
+
+    def _get_sleep_mode_backend(self) -> Any:
+        return Worker.sleep_mode_backend.fget(self)  # type: ignore[attr-defined]
 
 
 def worker_of(vllm: FakeVllm, **settings: Any) -> Worker:
@@ -338,6 +349,59 @@ def test_host_and_back(vllm: FakeVllm, worker: Worker, weights: Any) -> None:
     assert vllm.gpu.contents() == before
     assert worker.reloads == 0
     assert weights.host_bytes == SIZE
+
+
+def test_the_backend_is_had_of_an_older_worker_too(vllm: FakeVllm) -> None:
+    weights = GpuWeights(OldWorker(vllm))
+    assert weights.tiers == ("device", "host", "parked")
+
+
+def test_a_model_with_a_draft_model_is_never_parked(
+    vllm: FakeVllm, worker: Worker, weights: Any
+) -> None:
+    before = vllm.gpu.contents()
+    worker.draft = torch.nn.Module()
+    assert weights.tiers == ("device", "host")
+    for copied in (False, True):
+        if copied:
+            weights.keep_copy(None)
+            weights.suspend()
+        with pytest.raises(RuntimeError, match="cannot reload a draft model"):
+            weights.drop_copy() if copied else weights.suspend()
+        weights.resume()
+        assert weights.on_device and vllm.gpu.contents() == before
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_what_vllm_keeps_beside_the_kv_cache_is_made_anew(
+    vllm: FakeVllm, worker: Worker, weights: Any, copied: bool
+) -> None:
+    """vLLM 0.26 has tables of pointers in the cache's memory and a method that renews them."""
+    before, _ = vllm.gpu.contents(), vllm.gpu.allocate("kv_cache", b"kv" * 50)
+    renewed = []
+
+    def renew() -> None:
+        renewed.append(vllm.gpu.used)
+        if len(renewed) == 1:
+            raise RuntimeError("out of memory")
+
+    worker.model_runner.post_kv_cache_wake_up = renew
+    if copied:
+        weights.keep_copy(None)
+    weights.suspend()
+    weights.resume()
+    assert renewed == [], "the cache has not been away"
+    weights.suspend()
+    weights.release_kv()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        weights.resume()
+    assert (weights.on_device, vllm.gpu.used) == (False, 0)
+    weights.resume()
+    assert renewed == [SIZE + 100, SIZE + 100]
+    assert vllm.gpu.contents().items() >= before.items()
+    weights.suspend()
+    weights.resume()
+    assert len(renewed) == 2
 
 
 def test_parked_weights_are_reloaded_and_buffers_survive(

@@ -63,10 +63,11 @@ class WorkerExtension:
                 return {"error": str(error)}
         try:
             freed = weights.suspend()
+            if tier == "parked":
+                weights.drop_copy()
         except RuntimeError as error:  # on a GPU: everything is back where it was
             return {"error": str(error)}
         if tier == "parked":
-            weights.drop_copy()
             try:
                 weights.forget_pages()
             except OSError as error:  # a page cache that stays costs nobody the move

@@ -83,10 +83,12 @@ class GpuWeights:
         if config.model_config.sleep_mode_backend == "cumem":
             config.model_config.sleep_mode_backend = BACKEND  # vLLM resolves it at first use
         self._worker = worker
-        self._backend = worker.sleep_mode_backend
+        # A property since 0.27 or so; a method of that other name in 0.26.
+        made = getattr(worker, "_get_sleep_mode_backend", None)
+        self._backend = made() if made else worker.sleep_mode_backend
         self._parked = False
         self._kv_away = False
-        self._buffers: dict[tuple[str, str], Any] = {}
+        self._buffers: dict[str, Any] = {}
         # Adapters and moved experts are written into the weights' memory without any call of ours.
         self._changing = bool(config.lora_config or config.parallel_config.enable_eplb)
         if self.tiers != ("device",):
@@ -95,9 +97,11 @@ class GpuWeights:
     @property
     def tiers(self) -> tuple[str, ...]:
         """Where the weights of this worker can be while its process lives."""
-        if getattr(self._backend, "keeps_kv", False) and self.device_bytes:
-            return ("device", "host", "parked")
-        return ("device",)
+        if not (getattr(self._backend, "keeps_kv", False) and self.device_bytes):
+            return ("device",)
+        if self._worker.get_draft_model():
+            return ("device", "host")
+        return ("device", "host", "parked")
 
     @property
     def on_device(self) -> bool:
@@ -175,11 +179,25 @@ class GpuWeights:
         """Bring the weights back, and a released KV cache; on a failure all is off as before."""
         if not self.on_device:
             self._backend.resume()
-        if self._parked:
-            self._reload()
-        elif self._changing:
+        try:
+            if self._kv_away:
+                self._renew_kv()
+            if self._parked:
+                self._reload()
+        except BaseException:
+            self._backend.suspend(
+                2 if self._parked else 1, (WEIGHTS, KV) if self._kv_away else (WEIGHTS,)
+            )
+            raise
+        if self._changing:
             self._backend.drop_host_copy()
-        self._kv_away = False
+        self._buffers, self._parked, self._kv_away = {}, False, False
+
+    def _renew_kv(self) -> None:
+        """What vLLM keeps beside the cache in the same memory, where it does (0.26)."""
+        renew = getattr(self._worker.model_runner, "post_kv_cache_wake_up", None)
+        if renew is not None:
+            renew()
 
     def forget_pages(self) -> None:
         """Nothing: the checkpoint's page cache is no memory that anybody else is kept from."""
@@ -187,15 +205,13 @@ class GpuWeights:
     def _reload(self) -> None:
         """Buffers first, then weights from the checkpoint: in the order that vLLM documents."""
         try:
-            for key, buffer in self._named_buffers():
-                if key in self._buffers:
-                    buffer.data.copy_(self._buffers[key])
+            for name, buffer in self._worker.get_model().named_buffers():
+                if name in self._buffers:
+                    buffer.data.copy_(self._buffers[name])
             self._worker.reload_weights()
         except BaseException:
             self._abandon_reload()
-            self._backend.suspend(2, (WEIGHTS, KV) if self._kv_away else (WEIGHTS,))
             raise
-        self._buffers, self._parked = {}, False
         self._backend.trim()
 
     def _abandon_reload(self) -> None:
@@ -210,7 +226,10 @@ class GpuWeights:
 
     def _park(self) -> None:
         """Keep what no checkpoint has: tensors that are not parameters, as vLLM's level 2 does."""
-        self._buffers = {key: self._saved(buffer) for key, buffer in self._named_buffers()}
+        if self._worker.get_draft_model():
+            raise RuntimeError("vLLM cannot reload a draft model: the tier is host, not parked")
+        buffers = self._worker.get_model().named_buffers()
+        self._buffers = {name: self._saved(buffer) for name, buffer in buffers}
         self._parked = True
 
     def _saved(self, buffer: Any) -> Any:
@@ -224,13 +243,6 @@ class GpuWeights:
 
         flat = torch.frombuffer(bytearray(copied), dtype=buffer.dtype)
         return flat.as_strided(buffer.size(), buffer.stride(), buffer.storage_offset())
-
-    def _named_buffers(self) -> Iterator[tuple[tuple[str, str], Any]]:
-        draft = self._worker.get_draft_model()
-        models = {"model": self._worker.get_model(), **({"draft": draft} if draft else {})}
-        for which, model in models.items():
-            for name, buffer in model.named_buffers():
-                yield (which, name), buffer
 
 
 def _drop_copy_after_writes(worker: Any, backend: Any) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 Handle = tuple[int, int, int, int]
 
@@ -144,29 +147,21 @@ def _address(block: bytearray) -> int:
 
 
 class FakeRuntime:
-    """libcudart as vLLM wraps it."""
+    """libcudart as ctypes shows it."""
 
     def __init__(self, gpu: FakeGpu) -> None:
         self._gpu = gpu
-        self._registered: dict[int, int] = {}
-        self._functions = {
-            "cudaMemcpyAsync": self._memcpy,
-            "cudaHostRegister": self._register,
-            "cudaHostUnregister": self._unregister,
+        self.functions: dict[str, Function] = {
+            "cudaMemcpyAsync": Function(self._memcpy),
+            "cudaHostRegister": Function(self._register),
+            "cudaHostUnregister": Function(self._unregister),
         }
-        self.lib = self
 
     def __getattr__(self, name: str) -> Any:
-        return self[name]
-
-    def __getitem__(self, name: Any) -> Any:
-        if name not in self._functions:
-            raise AttributeError(name)
-        return Function(self._functions[name])
-
-    def CUDART_CHECK(self, result: int) -> None:
-        if result:
-            raise RuntimeError(f"CUDART error: {result}")
+        try:
+            return self.functions[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
     def _memcpy(self, target: int, source: int, size: int, kind: int, stream: int) -> int:
         assert (kind, stream) == (4, 77)
@@ -201,3 +196,21 @@ class Function:
         assert self.restype is ctypes.c_int
         assert len(self.argtypes) == len(arguments)
         return int(self._call(*arguments))
+
+
+def use_runtime(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu) -> FakeRuntime:
+    """Let torch look as if it had CUDA, on `gpu`."""
+    import torch
+
+    from maestro_backend.workers.vllm_plugin import _transfers
+
+    runtime, load = FakeRuntime(gpu), ctypes.CDLL
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    monkeypatch.setattr(
+        _transfers.ctypes,
+        "CDLL",
+        lambda name: runtime if name == "libcudart.so.13" else load(name),
+    )
+    return runtime

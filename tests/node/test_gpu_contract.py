@@ -96,13 +96,6 @@ def test_the_allocator_keeps_its_table_by_pointer() -> None:
     assert "self.pointer_to_data[py_d_mem]" in stored
 
 
-def test_the_allocator_has_the_cuda_runtime_that_we_call() -> None:
-    assert "libcudart = CudaRTLibrary()" in ast.unparse(tree(CUMEM))
-    runtime = "distributed/device_communicators/cuda_wrapper.py"
-    assert "self.lib = " in ast.unparse(definition(runtime, "CudaRTLibrary", "__init__"))
-    assert signature(runtime, "CudaRTLibrary", "CUDART_CHECK") == "self, result: cudaError_t"
-
-
 def test_stock_sleep_gives_memory_back_by_the_same_calls() -> None:
     asleep = ast.unparse(definition(CUMEM, "CuMemAllocator", "sleep"))
     assert "unmap_and_release(handle)" in asleep

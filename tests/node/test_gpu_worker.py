@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from node.gpus import AllocationData, FakeGpu, FakeRuntime
+from node.gpus import AllocationData, FakeGpu, FakeRuntime, use_runtime
 
 torch = pytest.importorskip("torch", reason="torch comes with the engine (make setup)")
 
@@ -29,6 +29,7 @@ SCALES = bytes(range(64))
 class FakeVllm:
     gpu: FakeGpu
     cumem: Any
+    runtime: FakeRuntime
     registry: dict[str, Any]
     abandoned: list[int]
     """Device memory in use when vLLM was taken out of a reload that broke off."""
@@ -76,7 +77,6 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVllm]:
         CuMemAllocator=SimpleNamespace(get_instance=lambda: gpu),
         create_and_map=map_,
         unmap_and_release=unmap,
-        libcudart=FakeRuntime(gpu),
     )
     backends = SimpleNamespace(
         SleepModeBackend=Base, CuMemBackend=CuMemBackend, SleepModeBackendFactory=Factory
@@ -97,10 +97,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVllm]:
         module.__dict__.update(vars(content))
         monkeypatch.setitem(sys.modules, name, module)
     sys.modules["vllm.device_allocator"].cumem = sys.modules["vllm.device_allocator.cumem"]  # type: ignore[attr-defined]
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=77))
-    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    runtime = use_runtime(monkeypatch, gpu)
     monkeypatch.delitem(sys.modules, f"{PLUGIN}._cumem", raising=False)
-    yield FakeVllm(gpu, sys.modules["vllm.device_allocator.cumem"], registry, abandoned)
+    yield FakeVllm(gpu, sys.modules["vllm.device_allocator.cumem"], runtime, registry, abandoned)
     sys.modules.pop(f"{PLUGIN}._cumem", None)
 
 
@@ -156,7 +155,7 @@ def test_level_1_copies_and_comes_back(vllm: FakeVllm, backend: Any) -> None:
 
 
 def test_copies_go_in_pieces(vllm: FakeVllm, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[f"{PLUGIN}._cumem"], "_CHUNK", 100)
+    monkeypatch.setattr(sys.modules[f"{PLUGIN}._transfers"], "_CHUNK", 100)
     before = vllm.gpu.contents()
     backend.suspend(1)
     backend.resume()
@@ -209,26 +208,26 @@ def test_the_kv_cache_leaves_only_when_asked(vllm: FakeVllm, backend: Any) -> No
     assert backend.state() == "RUNNING"
 
 
-def _without_argument(cumem: Any) -> None:
-    cumem.create_and_map = lambda handle: None
+def _without_argument(vllm: FakeVllm) -> None:
+    vllm.cumem.create_and_map = lambda handle: None
 
 
-def _without_field(cumem: Any) -> None:
+def _without_field(vllm: FakeVllm) -> None:
     from dataclasses import make_dataclass
 
-    cumem.AllocationData = make_dataclass("AllocationData", ["handle", "tag"])
+    vllm.cumem.AllocationData = make_dataclass("AllocationData", ["handle", "tag"])
 
 
-def _without_pointers(cumem: Any) -> None:
-    cumem.CuMemAllocator = SimpleNamespace(get_instance=lambda: SimpleNamespace())
+def _without_pointers(vllm: FakeVllm) -> None:
+    vllm.cumem.CuMemAllocator = SimpleNamespace(get_instance=lambda: SimpleNamespace())
 
 
-def _without_symbol(cumem: Any) -> None:
-    del cumem.libcudart._functions["cudaMemcpyAsync"]
+def _without_symbol(vllm: FakeVllm) -> None:
+    del vllm.runtime.functions["cudaMemcpyAsync"]
 
 
-def _without_allocator(cumem: Any) -> None:
-    cumem.cumem_available = False
+def _without_allocator(vllm: FakeVllm) -> None:
+    vllm.cumem.cumem_available = False
 
 
 @pytest.mark.parametrize(
@@ -244,7 +243,7 @@ def _without_allocator(cumem: Any) -> None:
 def test_other_internals_fall_back_to_vllms_own_sleep_in_one_line(
     vllm: FakeVllm, caplog: pytest.LogCaptureFixture, change: Any, said: str
 ) -> None:
-    change(vllm.cumem)
+    change(vllm)
     register()
     with caplog.at_level(logging.WARNING, "vllm.maestro"):
         backend = vllm.backend()

@@ -1,13 +1,11 @@
 """Our sleep-mode backend inside vLLM. Loaded by vLLM's factory, in a GPU worker only.
 
-Written from the source of vLLM 0.30; the parts that touch CUDA have not yet run on a GPU.
+Written from the source of vLLM 0.26 and 0.30; the parts that touch CUDA have not yet run on a GPU.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import mmap
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,28 +16,13 @@ from vllm.logger import init_logger
 
 from ._pinned import PinnedWeights
 from ._sleep import WEIGHTS, missing_internals
+from ._transfers import Transfers
 
 log = init_logger("vllm.maestro")
 
-_CHUNK = 64 * 1024**2
-"""One copy command's bytes: short, so that a neighbour's small copies get in between."""
 
-_MEMCPY_DEFAULT = 4  # the driver tells the direction from the addresses
-
-
-class Cuda:
-    """A GPU through vLLM's allocator and the CUDA runtime that it has loaded.
-
-    Buffers are anonymous memory registered with CUDA, of exactly the size asked for: PyTorch's own
-    pinned allocator rounds up to a power of two and never gives memory back.
-    """
-
-    def __init__(self) -> None:
-        self._cudart = cumem.libcudart
-        self._copy = self._function("cudaMemcpyAsync", "ppzip")
-        self._register = self._function("cudaHostRegister", "pzi")
-        self._unregister = self._function("cudaHostUnregister", "p")
-        self._stream = torch.cuda.Stream()
+class Cuda(Transfers):
+    """A GPU through vLLM's allocator and the CUDA runtime."""
 
     def map(self, handle: Any) -> None:
         cumem.create_and_map(handle)
@@ -47,50 +30,9 @@ class Cuda:
     def unmap(self, handle: Any) -> None:
         cumem.unmap_and_release(handle)
 
-    def pin(self, size: int) -> mmap.mmap:
-        try:
-            block = mmap.mmap(-1, size)  # shared: a fork must not move pages that CUDA knows
-            self._check(self._register(_address(block), size, 0))
-        except (OSError, RuntimeError) as error:
-            raise MemoryError(f"no {size} bytes of pinned host memory: {error}") from error
-        return block
-
-    def unpin(self, block: mmap.mmap) -> None:
-        self._check(self._unregister(_address(block)))
-        block.close()
-
-    def to_host(self, block: mmap.mmap, offset: int, pointer: int, size: int) -> None:
-        self._copy_in_chunks(_address(block) + offset, pointer, size)
-
-    def to_device(self, pointer: int, block: mmap.mmap, offset: int, size: int) -> None:
-        self._copy_in_chunks(pointer, _address(block) + offset, size)
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
     def trim(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
-
-    def _copy_in_chunks(self, target: int, source: int, size: int) -> None:
-        stream = self._stream.cuda_stream
-        for start in range(0, size, _CHUNK):
-            part = min(_CHUNK, size - start)
-            self._check(self._copy(target + start, source + start, part, _MEMCPY_DEFAULT, stream))
-
-    def _function(self, name: str, arguments: str) -> Any:
-        kinds = {"p": ctypes.c_void_p, "z": ctypes.c_size_t, "i": ctypes.c_int}
-        function = self._cudart.lib[name]  # not the attribute: that object is vLLM's too
-        function.restype = ctypes.c_int
-        function.argtypes = [kinds[kind] for kind in arguments]
-        return function
-
-    def _check(self, result: int) -> None:
-        self._cudart.CUDART_CHECK(result)
-
-
-def _address(block: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(block))
 
 
 class MaestroSleepBackend(SleepModeBackend):  # type: ignore[misc]  # vLLM is untyped here

@@ -2,7 +2,8 @@
 
 vLLM's own sleep copies device to host every time and gives the copy up on every wake. Weights do
 not change, so this copy outlives the wake: only the first suspend copies, later ones just unmap.
-Written from the source of vLLM 0.30 (`device_allocator/cumem.py`); run on fakes, not yet on a GPU.
+Written from the source of vLLM 0.26 and 0.30 (`device_allocator/cumem.py`); run on fakes, not yet
+on a GPU.
 """
 
 from __future__ import annotations
@@ -162,11 +163,12 @@ class PinnedWeights:
         wanted = self._tagged(tags)
         back = {p: data for p, data in self._away.items() if wanted.get(p) is data}
         try:
-            for data in back.values():
+            for pointer, data in back.items():
                 if data.is_asleep:
                     self._device.map(data.handle)
                     data.is_asleep = False
-            self._fill(back)
+                self._fill(pointer, data)
+            self._device.synchronize()
         except BaseException:
             self._roll_back(back)
             raise
@@ -213,12 +215,11 @@ class PinnedWeights:
             raise
         self._block, self._copied = block, copied
 
-    def _fill(self, back: Mapping[int, Allocation]) -> None:
-        for pointer, data in back.items():
-            copied = self._copied.get(pointer)
-            if copied is not None and copied[0] is data:
-                self._device.to_device(pointer, self._block, copied[1], data.handle[1])
-        self._device.synchronize()
+    def _fill(self, pointer: int, data: Allocation) -> None:
+        """Begin to copy it; meanwhile the next is mapped."""
+        copied = self._copied.get(pointer)
+        if copied is not None and copied[0] is data:
+            self._device.to_device(pointer, self._block, copied[1], data.handle[1])
 
     def _roll_back(self, back: Mapping[int, Allocation]) -> None:
         self._device.synchronize()  # a copy may still be on its way

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,15 +47,17 @@ def missing_internals() -> str:
     """
     from vllm.device_allocator import cumem
 
+    from ._transfers import cuda_runtime
+
     if not cumem.cumem_available:
         return "vLLM was built without its sleep allocator"
-    for wrong, text in _differences(cumem):
+    for wrong, text in _differences(cumem, cuda_runtime):
         if wrong:
             return text
     return ""
 
 
-def _differences(cumem: Any) -> Iterator[tuple[bool, str]]:
+def _differences(cumem: Any, cuda_runtime: Callable[[], Any]) -> Iterator[tuple[bool, str]]:
     for name in ("create_and_map", "unmap_and_release"):
         takes = list(inspect.signature(getattr(cumem, name, lambda: None)).parameters)
         yield takes != ["allocation_handle"], f"{name} takes {takes}, not [allocation_handle]"
@@ -64,10 +67,10 @@ def _differences(cumem: Any) -> Iterator[tuple[bool, str]]:
     allocator = cumem.CuMemAllocator.get_instance()
     pointers = getattr(allocator, "pointer_to_data", None)
     yield not isinstance(pointers, dict), "CuMemAllocator has no pointer_to_data"
-    runtime = getattr(cumem.libcudart, "lib", None)
-    for name in ("cudaMemcpyAsync", "cudaHostRegister", "cudaHostUnregister"):
-        yield not hasattr(runtime, name), f"the CUDA runtime has no {name}"
-    yield not hasattr(cumem.libcudart, "CUDART_CHECK"), "CudaRTLibrary has no CUDART_CHECK"
+    try:
+        cuda_runtime()
+    except OSError as error:
+        yield True, str(error)
 
 
 class GpuWeights:
@@ -93,6 +96,8 @@ class GpuWeights:
         self._changing = bool(config.lora_config or config.parallel_config.enable_eplb)
         if self.tiers != ("device",):
             _drop_copy_after_writes(worker, self._backend)
+        gc.collect()
+        gc.freeze()  # every move collects garbage: what is here by now need not be looked at again
 
     @property
     def tiers(self) -> tuple[str, ...]:

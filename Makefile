@@ -24,7 +24,7 @@ test: setup  ## run all tests (ARGS="-m 'not vllm'" leaves the slow ones out)
 check: setup  ## format, lint, types, generated files
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/mypy -p maestro_agents -p maestro_langgraph -p maestro_backend
+	@$(BIN)/mypy -p maestro_agents -p maestro_langgraph -p maestro_backend -p gpu_kit
 	@$(BIN)/python -m maestro_agents.protocol | diff docs/protocol.schema.json - \
 		|| { echo 'check: stale, run: $(BIN)/python -m maestro_agents.protocol > docs/protocol.schema.json'; exit 1; }
 

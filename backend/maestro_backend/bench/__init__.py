@@ -2,17 +2,20 @@
 
 from ._colocation import Plan, Scene, bench_colocation
 from ._command import add_arguments, run_bench
-from ._engines import PROMPTS, Caller, say, spread, worker_of
+from ._engines import PROMPTS, Caller, forget_pages, say, spread, worker_of
+from ._kv import Load
 from ._workload import RecordedRun
 
 __all__ = [
     "PROMPTS",
     "Caller",
+    "Load",
     "Plan",
     "RecordedRun",
     "Scene",
     "add_arguments",
     "bench_colocation",
+    "forget_pages",
     "run_bench",
     "say",
     "spread",

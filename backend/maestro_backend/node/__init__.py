@@ -2,5 +2,6 @@
 
 from ._handle import NodeHandle, NodeLostError
 from ._local import LocalNode
+from ._nvml import GpuMemory, read_gpus
 
-__all__ = ["LocalNode", "NodeHandle", "NodeLostError"]
+__all__ = ["GpuMemory", "LocalNode", "NodeHandle", "NodeLostError", "read_gpus"]

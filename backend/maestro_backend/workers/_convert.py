@@ -63,7 +63,7 @@ def make_random(folder: Path, name: str = "tiny-llama", seed: int = 0) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         **RANDOM_SHAPES[name],
@@ -94,12 +94,15 @@ def _prefer_printable(model: Any, tokenizer: Any) -> None:
         model.lm_head.weight[[*visible, tokenizer.eos_token_id], 0] = 0.0
 
 
-def _byte_tokenizer() -> Any:
+def byte_tokenizer(size: int = 0) -> Any:
+    """A token for each byte; with a larger `size`, more tokens that no text is made of."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {token: index for index, token in enumerate([*alphabet, *_SPECIAL_TOKENS])}
+    made = [*alphabet, *_SPECIAL_TOKENS]
+    made += [f"<|{index}|>" for index in range(len(made), size)]
+    words = {token: index for index, token in enumerate(made)}
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

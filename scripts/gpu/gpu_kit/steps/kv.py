@@ -1,0 +1,118 @@
+"""The KV limit up and down under load; without kvcached, all of it leaves with the weights."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from maestro_backend.bench import Caller, Load, spread, worker_of
+from maestro_backend.node import LocalNode
+from maestro_backend.scheduler import Residency, WorkerInfo
+
+from ._step import Step, run, told_by
+
+_SHARES = (0.5, 0.0, 1.0, 0.2, 0.8, 0.0, 1.0)
+"""Of the way from the floor to all that was built."""
+
+_CALLERS = 6
+_AT_LIMIT_S = {"vllm": 5.0, "vllm-cpu": 3.0, "stub": 0.5}
+_POLL_S = 0.02
+_SLACK = 0.1
+
+
+async def kv(step: Step) -> None:
+    """One small model whose cache is much larger than the load needs."""
+    built = {"vllm": "16GiB"}.get(step.engine, "96MiB")
+    settings = step.models.made_up("small", kv_memory=built, max_num_seqs=16)
+    async with step.node({"small": settings}) as node:
+        await node.set_residency("small", Residency.DEVICE)
+        worker = await worker_of(node, "small")
+        step.figure("elastic", worker.elastic)
+        why = "" if worker.elastic else "one size: is kvcached built? see installed.json"
+        step.check("the KV limit can be moved", worker.elastic, why)
+        if worker.elastic:
+            await _limits(step, node, worker)
+        else:
+            await _whole(step, node)
+
+
+async def _limits(step: Step, node: LocalNode, worker: WorkerInfo) -> None:
+    load = Load()
+    callers = [asyncio.create_task(load.run(worker, number)) for number in range(_CALLERS)]
+    try:
+        await asyncio.sleep(_AT_LIMIT_S[step.engine])
+        steps = []
+        for share in _SHARES:
+            steps.append(await _one_limit(step, node, worker, share))
+            step.figure("limits", steps)
+    finally:
+        for task in callers:
+            task.cancel()
+        await asyncio.gather(*callers, return_exceptions=True)
+    for way, some in (
+        ("shrink", [s for s in steps if s["change"] < 0]),
+        ("grow", [s for s in steps if s["change"] > 0]),
+    ):
+        step.figure(f"{way}_applied_s", spread(s["applied_s"] for s in some))
+    over = max(s["mapped_bytes"] / s["limit_bytes"] for s in steps)
+    step.check("never more is mapped than the limit", over <= 1 + _SLACK, f"{over:.3f} of it")
+    step.check("no call fails", not load.failed, f"{load.served} served, {load.failed[:2]}")
+    await _same_at_each_limit(step, node, worker)
+
+
+async def _one_limit(
+    step: Step, node: LocalNode, worker: WorkerInfo, share: float
+) -> dict[str, Any]:
+    before = (await worker_of(node, "small")).kv_limit_bytes
+    limit = _limit(worker, share)
+    used = step.device_bytes()
+    began = time.monotonic()
+    while await node.set_kv_limit("small", limit) > limit:
+        await asyncio.sleep(_POLL_S)
+    applied_s = time.monotonic() - began
+    await asyncio.sleep(_AT_LIMIT_S[step.engine])
+    told = (await told_by(node, "small"))["kv"]
+    return {
+        "limit_bytes": limit,
+        "change": limit - before,
+        "applied_s": round(applied_s, 3),
+        "mapped_bytes": told["resident_bytes"] if "resident_bytes" in told else told["held_bytes"],
+        "driver_change_bytes": step.device_bytes() - used,
+    }
+
+
+def _limit(worker: WorkerInfo, share: float) -> int:
+    return int(worker.kv_floor_bytes + share * (worker.kv_max_bytes - worker.kv_floor_bytes))
+
+
+async def _same_at_each_limit(step: Step, node: LocalNode, worker: WorkerInfo) -> None:
+    seen = set()
+    async with Caller(worker) as caller:
+        for share in (1.0, 0.3, 0.0, 1.0):
+            await node.set_kv_limit("small", _limit(worker, share))
+            seen.add(await caller.answers())
+    step.check("the same answers at each limit", len(seen) == 1, f"{len(seen)} different")
+
+
+async def _whole(step: Step, node: LocalNode) -> None:
+    """The cache leaves with the weights and comes back with them."""
+    async with Caller(await worker_of(node, "small")) as caller:
+        before = await caller.answers()
+        used = step.device_bytes()
+        await node.set_residency("small", Residency.HOST)
+        freed = used - step.device_bytes()
+        told = await told_by(node, "small")
+        await node.set_residency("small", Residency.DEVICE)
+        same = await caller.answers() == before
+    worker = await worker_of(node, "small")
+    step.figure("freed_bytes", freed)
+    step.check("all of it leaves", told["kv"]["held_bytes"] == 0, str(told["kv"]["held_bytes"]))
+    if step.on_gpu:
+        least = 0.97 * (worker.weights_bytes + worker.kv_max_bytes)
+        step.check("the driver has it back", freed >= least, f"{freed >> 20} MiB")
+    step.check("the same answers afterwards", same, repr(before[0][:40]))
+
+
+if __name__ == "__main__":
+    run(kv)

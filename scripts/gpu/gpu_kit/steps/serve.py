@@ -1,0 +1,64 @@
+"""vLLM starts as a worker, serves, can leave the device, and the ledger agrees."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from maestro_backend.bench import PROMPTS, Caller, worker_of
+from maestro_backend.node import LocalNode
+from maestro_backend.scheduler import Residency
+
+from ._step import Step, run, timed, told_by
+
+_CALLS = 16
+_TOKENS = 128
+_LEDGER = 0.03
+
+
+async def serve(step: Step) -> None:
+    """One small model."""
+    before = step.device_bytes()
+    async with step.node({"small": step.models.made_up("small", max_num_seqs=16)}) as node:
+        start_s = await timed(node.set_residency("small", Residency.DEVICE))
+        step.figure("cold_start_s", round(start_s, 2))
+        worker = await worker_of(node, "small")
+        tiers = [tier.value for tier in worker.tiers]
+        step.check("its weights can leave the device", {"host", "parked"} <= {*tiers}, str(tiers))
+        step.figure("elastic", worker.elastic)
+        async with Caller(worker) as caller:
+            first, second = await caller.answers(), await caller.answers()
+            step.check(
+                "the same question has the same answer", first == second, repr(first[0][:40])
+            )
+            step.figure(
+                "tokens_s", {"1": await _speed(caller, 1), "16": await _speed(caller, _CALLS)}
+            )
+        told = await told_by(node, "small")
+        step.figure("weights_bytes", told["weights"]["device_bytes"])
+        await _ledger(step, node, before)
+
+
+async def _speed(caller: Caller, at_once: int) -> float:
+    began = time.monotonic()
+    prompts = [f"{number}: {PROMPTS[0]}" for number in range(at_once)]
+    await asyncio.gather(*(caller.ask(prompt, _TOKENS) for prompt in prompts))
+    return round(at_once * _TOKENS / (time.monotonic() - began), 1)
+
+
+async def _ledger(step: Step, node: LocalNode, before: int) -> None:
+    """The worker's claim against what the driver says has gone since before its start."""
+    await asyncio.sleep(3.0)  # it is measured every second
+    claim = (await node.memory())["workers"]["small"]
+    claimed = claim["weights_bytes"] + claim["kv_bytes"] + claim["residual_bytes"]
+    step.figure("claim", claim)
+    if not step.on_gpu:
+        return
+    taken = step.device_bytes() - before
+    step.figure("driver_bytes", taken)
+    error = abs(claimed - taken) / taken
+    step.check("ledger within 3 % of the driver", error <= _LEDGER, f"{error:.2%}")
+
+
+if __name__ == "__main__":
+    run(serve)

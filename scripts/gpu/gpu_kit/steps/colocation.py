@@ -11,7 +11,7 @@ from maestro_backend.bench import Plan, RecordedRun, Scene, bench_colocation
 
 from ._step import Step, run
 
-_RUNS = 4
+_RUNS = 3
 _AIM = 0.8
 
 

@@ -21,8 +21,6 @@ async def tiers(step: Step) -> None:
         start_s = await timed(node.set_residency("small", Residency.DEVICE))
         step.figure("first_start_s", round(start_s, 2))
         before = await _answers(node)
-        weights = (await told_by(node, "small"))["weights"]["device_bytes"]
-        step.figure("weights_bytes", weights)
         for way in (("parked",), ("host", "parked")):
             out, back = [], []
             for _ in range(_CYCLES):
@@ -30,12 +28,14 @@ async def tiers(step: Step) -> None:
                 for tier in way:
                     await node.set_residency("small", Residency(tier))
                 out.append(time.monotonic() - began)
-                held = (await told_by(node, "small"))["weights"]["host_bytes"]
+                weights = (await told_by(node, "small"))["weights"]
                 back.append(await timed(node.set_residency("small", Residency.DEVICE)))
             name = "_".join(way)
             step.figure(f"to_{name}_s", spread(out))
             step.figure(f"from_{name}_s", spread(back))
-            step.figure(f"from_{name}_gb_s", round(weights / spread(back)["median"] / 1e9, 2))
+            size, held = weights["device_bytes"], weights["host_bytes"]
+            step.figure("weights_bytes", size)
+            step.figure(f"from_{name}_gb_s", round(size / spread(back)["median"] / 1e9, 2))
             step.check(f"{name}: no copy is held", held == 0, f"{held} bytes")
             same = await _answers(node) == before
             step.check(f"{name}: the same answers afterwards", same, repr(before[0][:40]))

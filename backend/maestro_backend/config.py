@@ -140,6 +140,9 @@ class ModelConfig(_Section):
     kv_memory: Size | None = None
     engine: Literal["auto", "vllm", "vllm-cpu", "stub"] = "auto"
     engine_args: dict[str, Any] = {}
+    elastic_kv: bool = True
+    """Whether the KV limit of a GPU engine may move, where kvcached is installed. Off for a model
+    that kvcached cannot serve (docs/gpu.md): its cache then has one size."""
     python: LocalPath | None = None
     """Interpreter of the engine's own environment, where it is not this one."""
     pin: bool = False

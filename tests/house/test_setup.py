@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-GPU_ONLY = {"vllm", "kvcached", "nvidia-ml-py"}  # not part of `make setup`
+GPU_ONLY = {"vllm", "nvidia-ml-py"}  # not part of `make setup`
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,9 @@ class Pool:
     def trim(self) -> None:
         self.reserved = 0
 
+    def observability_snapshot(self) -> Any:
+        return SimpleNamespace(allocated_blocks=len(self.used) + 1)
+
     def capture_physical_release_marker(self) -> int:
         return 7
 
@@ -169,8 +172,8 @@ def never() -> bool:
     raise AssertionError("not asked for")
 
 
-def connect(engine: Any, floor: int = BUNDLE, built: int = PAGES * BUNDLE) -> Any:
-    return kv_of(engine, floor_bytes=floor, built_bytes=built, release=never)
+def connect(engine: Any, floor: int = BLOCKS_PER_PAGE, built: int = PAGES * BUNDLE) -> Any:
+    return kv_of(engine, floor_blocks=floor, built_bytes=built, release=never)
 
 
 # --- a limit, its answers ------------------------------------------------------------------------
@@ -188,7 +191,7 @@ def test_a_limit_that_fits_is_applied(engine: Engine) -> None:
 
 
 def test_a_limit_is_rounded_down_to_pages_but_never_below_the_floor(engine: Engine) -> None:
-    kv = connect(engine, floor=BUNDLE + 1)
+    kv = connect(engine, floor=BLOCKS_PER_PAGE + 1)
     assert kv.floor_bytes == 2 * BUNDLE
     assert kv.set_limit(3 * BUNDLE - 1).held_bytes == 2 * BUNDLE
 
@@ -228,15 +231,41 @@ def test_what_an_idle_engine_freed_is_unmapped_at_once(engine: Engine) -> None:
     assert kv.set_limit(2 * BUNDLE).status == "applied"
 
 
-def test_a_step_under_way_is_not_unmapped_under(engine: Engine) -> None:
+def test_no_more_is_evicted_than_needed_while_a_step_is_under_way(engine: Engine) -> None:
+    """kvcached waits for the step itself before it unmaps what that may read."""
     engine.pools[0].defer = True
     engine.batch_queue = [1]
     kv = connect(engine)
     engine.block_pool.use(range(6 * BLOCKS_PER_PAGE), cached=True)
+    assert kv.set_limit(2 * BUNDLE).status == "applied"
+    assert len(engine.block_pool.evictable) == 2 * BLOCKS_PER_PAGE
+
+
+def test_what_was_freed_before_a_settle_is_unmapped_without_an_eviction(engine: Engine) -> None:
+    engine.pools[0].defer = True
+    kv = connect(engine)
+    engine.block_pool.use(range(6 * BLOCKS_PER_PAGE))
     assert kv.set_limit(2 * BUNDLE).status == "deferred"
-    engine.batch_queue = []
-    engine.pools[0].release_retired_pages_through(7)  # as kvcached does after the step
+    engine.pools[0].free(set(range(2 * BLOCKS_PER_PAGE, 6 * BLOCKS_PER_PAGE)))
     assert kv.settle().status == "applied"
+
+
+def test_a_floor_counts_only_blocks_that_lie_in_one_page(engine: Engine) -> None:
+    """Of blocks of 3 / 8 of a page two are usable; the third straddles the next page."""
+    engine.pools[0].block_mem_size = PAGE * 3 // 8
+    kv = connect(engine, floor=5)
+    assert kv.floor_bytes == 5 * BUNDLE, "2 whole blocks, less one where pages do not tile"
+    kv.set_limit(7 * BUNDLE)
+    assert kv.limit_blocks == 7
+
+
+def test_sizes_are_kvcacheds_and_not_those_of_vllms_tensors(engine: Engine) -> None:
+    """Its tensors span addresses of the whole GPU."""
+    kv = connect(engine, built=139 * 1024**3)
+    assert kv.block_bytes == BUNDLE // BLOCKS_PER_PAGE
+    assert (kv.max_bytes, kv.limit_blocks) == (16 * BUNDLE, 16 * BLOCKS_PER_PAGE)
+    engine.block_pool.use(range(5))
+    assert kv.allocated_blocks == 6, "the null block too"
 
 
 def test_growing_ends_a_wait(engine: Engine) -> None:
@@ -337,7 +366,7 @@ def test_without_kvcached_the_cache_is_there_or_not(
 ) -> None:
     how(monkeypatch, engine)
     idle = False
-    kv = kv_of(engine, floor_bytes=BUNDLE, built_bytes=4 * BUNDLE, release=lambda: idle)
+    kv = kv_of(engine, floor_blocks=BLOCKS_PER_PAGE, built_bytes=4 * BUNDLE, release=lambda: idle)
     assert isinstance(kv, FixedKv)
     assert not kv.elastic
     assert kv.floor_bytes == kv.max_bytes == kv.held_bytes() == 4 * BUNDLE
@@ -393,7 +422,8 @@ def test_an_older_vllm_runs_its_first_model_runner() -> None:
         ("1.0", "0.1.6", {}, "not 1.0"),
         ("what", "0.1.6", {}, "not what"),
         (None, "0.1.6", {}, "GPU build"),
-        ("0.30.0", None, {}, "maestro-mas[kvcached]"),
+        ("0.30.0", None, {}, "--no-build-isolation setuptools wheel kvcached==0.1.6"),
+        ("0.30.0", "0.1.6", {"speculative": True}, "speculative decoding"),
         ("0.30.0", "0.1.7", {}, "0.1.7 is not 0.1.6"),
         ("0.30.0", "0.1.6", {"device": "cpu"}, "needs a GPU"),
         ("0.30.0", "0.1.6", {"kv_events": True}, "kv_events_config"),

@@ -22,6 +22,10 @@ class NVMLError(Exception):
     pass
 
 
+class LibraryMismatchError(Exception):
+    """As pynvml's: it is no NVMLError."""
+
+
 class Fakes:
     """A driver with some GPUs: what pynvml would tell of it."""
 
@@ -59,7 +63,9 @@ class Fakes:
     def _processes(self, gpu: dict[str, Any]) -> list[Any]:
         if self.broken == "processes":
             raise NVMLError("Not Supported")
-        held = gpu["held"].items()
+        if self.broken == "library":
+            raise LibraryMismatchError("no nvmlDeviceGetComputeRunningProcesses_v3")
+        held = [*gpu["held"].items(), *gpu.get("again", ())]
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in held]
 
 
@@ -122,9 +128,16 @@ def test_a_process_whose_memory_is_not_told_is_left_out(driver: Fakes) -> None:
     assert read_gpus()["cuda:0"].by_pid == {}
 
 
-def test_processes_that_cannot_be_asked_for_are_not_told(driver: Fakes) -> None:
+def test_a_process_that_is_told_twice_holds_both(driver: Fakes) -> None:
+    pid = os.getpid()
+    driver.gpus = [{"total": GIB, "free": 0, "held": {pid: 3 * MIB}, "again": [(pid, 4 * MIB)]}]
+    assert read_gpus()["cuda:0"].by_pid == {pid: 7 * MIB}
+
+
+@pytest.mark.parametrize("broken", ["processes", "library"])
+def test_processes_that_cannot_be_asked_for_are_not_told(driver: Fakes, broken: str) -> None:
     driver.gpus = [{"total": GIB, "free": 0, "held": {os.getpid(): GIB}}]
-    driver.broken = "processes"
+    driver.broken = broken
     assert read_gpus() == {"cuda:0": GpuMemory(GIB, GIB, 0, {})}
 
 

@@ -19,12 +19,14 @@ class Engine:
     def __init__(self, **fails: Any) -> None:
         self.fails = fails
         self.done: list[str] = []
+        self.arguments: dict[str, tuple[Any, ...]] = {}
         self.on_device = True
         self.host_bytes = 0
         self.engine_core = self
 
     async def call_utility_async(self, method: str, *arguments: Any) -> Any:
         self._do(method)
+        self.arguments[method] = arguments
         return dict(KV)
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
@@ -136,3 +138,19 @@ async def test_moves_take_turns() -> None:
         *("pause", "maestro_suspend", "maestro_trim"),
         *("maestro_resume", "maestro_restored", "go on"),
     ]
+
+
+@pytest.mark.parametrize(("expected", "asked"), [(3, 4), (6, 6), (99, 8)])
+async def test_the_first_limit_is_one_that_the_built_cache_can_have(
+    monkeypatch: pytest.MonkeyPatch, expected: int, asked: int
+) -> None:
+    """It was reckoned before the start: pages of kvcached may be larger than a floor."""
+    monkeypatch.setenv("MAESTRO_KV_LIMIT", str(expected))
+    monkeypatch.setitem(KV, "floor_bytes", 4)
+    monkeypatch.setitem(KV, "built_bytes", 8)
+    engine = Engine()
+    control = Control(engine)
+    await control.start()
+    for task in control._tasks:
+        task.cancel()
+    assert engine.arguments["maestro_limit_kv"] == (asked,)

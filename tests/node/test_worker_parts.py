@@ -19,6 +19,7 @@ from maestro_backend.workers import (
     ENGINES,
     Checkpoint,
     ServedModel,
+    _engine,
     choose_engine,
     telling_line,
 )
@@ -94,6 +95,36 @@ def test_a_gpu_worker_sees_its_devices_only() -> None:
     launch = ENGINES["vllm"].launch(model, ("cuda:1", "cuda:3"), Path("/run/m.sock"))
     assert launch.environment["CUDA_VISIBLE_DEVICES"] == "1,3"
     assert "HF_HUB_OFFLINE" not in launch.environment
+
+
+def test_a_gpu_worker_starts_beside_others_and_can_sleep() -> None:
+    """vLLM refuses to start while less than this share of the GPU is free; usually 0.92."""
+    words = command("vllm", ("cuda:0",))
+    assert words[words.index("--gpu-memory-utilization") + 1] == "0.01"
+    assert "--enable-sleep-mode" in words and "--kv-cache-memory-bytes" in words
+    mine = command("vllm", ("cuda:0",), engine_args={"gpu_memory_utilization": 0.5})
+    assert mine[mine.index("--gpu-memory-utilization") + 1] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("given", "elastic"),
+    [
+        ({}, True),
+        ({"elastic_kv": False}, False),
+        ({"engine_args": {"speculative_config": {"method": "ngram"}}}, False),
+        ({"engine_args": {"speculative-config": {"method": "ngram"}}}, False),
+        ({"engine_args": {"kv-events-config": {}}}, False),
+    ],
+)
+def test_kvcached_runs_in_what_it_can_serve(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], elastic: bool
+) -> None:
+    versions = {"vllm": "0.30.0", "kvcached": "0.1.6"}
+    monkeypatch.setattr(_engine, "_version", lambda name: versions.get(name, ""))
+    model = ServedModel("m", settings(**given), Checkpoint("/models/m"))
+    launch = ENGINES["vllm"].launch(model, ("cuda:0",), Path("/run/m.sock"))
+    assert ENGINES["vllm"].elastic(model.settings) is elastic
+    assert ("ENABLE_KVCACHED" in launch.environment) is elastic
 
 
 def test_local_models_are_served_offline() -> None:

@@ -36,7 +36,10 @@ class Machine(RuleBasedStateMachine):
         from maestro_backend.workers.vllm_plugin._blocks import Blocks
 
         self.pool = BlockPool(BUILT, enable_caching=True, hash_block_size=BLOCK)
-        single = SimpleNamespace(block_size=BLOCK)
+        from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+        single = FullAttentionManager.__new__(FullAttentionManager)
+        single.block_size = BLOCK
         manager = SimpleNamespace(
             block_pool=self.pool,
             max_model_len=(FLOOR - 1) * BLOCK,

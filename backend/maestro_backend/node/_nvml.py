@@ -72,9 +72,12 @@ def _gpu_by_nvml(pynvml: Any, index: int) -> GpuMemory:
     memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
     try:
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)
-    except pynvml.NVMLError:
+    except Exception:  # an old driver's library misses a function: that is no NVMLError
         processes = []
-    held = {p.pid: p.usedGpuMemory for p in processes if p.usedGpuMemory is not None}
+    held: dict[int, int] = {}
+    for process in processes:
+        if process.usedGpuMemory is not None:  # one pid may be told of several instances
+            held[process.pid] = held.get(process.pid, 0) + process.usedGpuMemory
     return _gpu(int(memory.total), int(memory.free), held)
 
 

@@ -278,10 +278,16 @@ class VllmGpu(_Vllm):
 
     def elastic(self, settings: ModelConfig) -> bool:
         """With kvcached beside a vLLM it supports; of another environment nothing is known."""
-        return settings.python is None and not _kvcached_refusal(settings)
+        return settings.elastic_kv and settings.python is None and not _kvcached_refusal(settings)
 
     def arguments(self, model: ServedModel) -> dict[str, Any]:
-        return {**super().arguments(model), "enable_sleep_mode": True}
+        return {
+            **super().arguments(model),
+            "enable_sleep_mode": True,
+            # Beside a KV cache of a given size, vLLM asks it for one thing only: to refuse a start
+            # while less than this share of the GPU is free. That is the ledger's to say.
+            "gpu_memory_utilization": 0.01,
+        }
 
     def environment(self, model: ServedModel, devices: Sequence[str]) -> dict[str, str]:
         visible = ",".join(device.removeprefix("cuda:") for device in devices)
@@ -403,9 +409,12 @@ def _meddling(engine_args: Mapping[str, Any]) -> str:
 
 
 def _kvcached_refusal(settings: ModelConfig) -> str:
-    events = "kv_events_config" in settings.engine_args
+    given = {name.replace("-", "_") for name in settings.engine_args}
     return kvcached_refusal(
-        _version("vllm") or None, _version("kvcached") or None, kv_events=events
+        _version("vllm") or None,
+        _version("kvcached") or None,
+        kv_events="kv_events_config" in given,
+        speculative="speculative_config" in given,
     )
 
 

@@ -64,6 +64,9 @@ class Blocks:
     @property
     def cached(self) -> int:
         """Free blocks whose content may still be found as a prefix."""
+        evictable = getattr(self._pool, "_evictable_blocks", None)  # kvcached's pool has no queue
+        if evictable is not None:
+            return len(evictable)
         return sum(b.block_hash is not None for b in self._free_blocks())
 
     def set_limit(self, limit: int) -> list[int]:
@@ -88,9 +91,15 @@ class Blocks:
         leaves a longest request its room."""
         taken = self._take(self.held - self.limit)
         while self.kept and (self.held > self.limit or self.limit - self.pinned < self.floor):
-            self.drop(min(self.kept, key=lambda call: self.kept[call].expires), evict=True)
+            self.drop_soonest()
             taken += self._take(self.held - self.limit)
         return [block.block_id for block in self._quarantine] if taken else []
+
+    def bound(self, limit: int) -> None:
+        """Of a pool that kvcached limits: what is kept leaves a longest request its room."""
+        self.limit = limit
+        while self.kept and limit - self.pinned < self.floor:
+            self.drop_soonest()
 
     def _take(self, count: int) -> list[Any]:
         if count <= 0:
@@ -155,6 +164,10 @@ class Blocks:
             idle = [b for b in kept.blocks if b.ref_cnt == 0]
             self._pool.evict_blocks({block.block_id for block in idle})
 
+    def drop_soonest(self) -> None:
+        """Let go of the kept prefix that ends first."""
+        self.drop(min(self.kept, key=lambda call: self.kept[call].expires), evict=True)
+
     def expire(self) -> None:
         """Let go of what was kept long enough."""
         now = time.monotonic()
@@ -162,8 +175,13 @@ class Blocks:
             self.drop(call)
 
     def _cached_prefix(self, hashes: tuple[Any, ...]) -> Iterator[Any]:
-        """The blocks of a call that are still cached, from its start, in each group of layers."""
+        """The blocks of a call that are still cached, in each group of layers.
+
+        With full attention from its start to the first that is missing. Other layers need only the
+        last ones, and their first go first.
+        """
         from vllm.v1.core.kv_cache_utils import resolve_block_hashes
+        from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
         for group, manager in enumerate(self._manager.coordinator.single_type_managers):
             sized = resolve_block_hashes(
@@ -171,9 +189,10 @@ class Blocks:
             )
             for block_hash in sized:
                 found = self._pool.get_cached_block(block_hash, [group])
-                if not found:
+                if found:
+                    yield from found
+                elif isinstance(manager, FullAttentionManager):
                     break
-                yield from found
 
 
 def _longest_request(manager: Any) -> int:

@@ -43,8 +43,10 @@ class Control:
     async def start(self) -> None:
         """Set the first limit and lease, and begin to look after both."""
         if limit := os.environ.get("MAESTRO_KV_LIMIT"):
-            built = (await self._core("maestro_kv"))["built_bytes"]  # in whole blocks
-            await self.limit_kv(min(int(limit), built))
+            kv = await self._core(
+                "maestro_kv"
+            )  # both ends are in whole blocks, or kvcached's pages
+            await self.limit_kv(min(max(int(limit), kv["floor_bytes"]), kv["built_bytes"]))
         if lease := os.environ.get(LEASE_VARIABLE):
             self.renew_lease(float(lease))
         self._tasks.append(asyncio.create_task(self._settle()))
@@ -183,8 +185,7 @@ class Control:
         while True:
             waiting = False
             try:
-                blocks = await self._core("maestro_settle")
-                waiting = blocks["held_bytes"] > blocks["limit_bytes"]
+                waiting = await self._core("maestro_settle")
             except Exception:  # an engine that died is told by /health
                 log.debug("the KV cache could not be settled", exc_info=True)
             await asyncio.sleep(_SETTLE_S if waiting else _IDLE_SETTLE_S)

@@ -79,10 +79,11 @@ def maestro_limit_kv(self: Any, limit_bytes: int) -> dict[str, Any]:
     return maestro_kv(self)
 
 
-def maestro_settle(self: Any) -> dict[str, Any]:
-    """What time brings to limit and kept prefixes."""
-    _kv_of(self).settle()
-    return maestro_kv(self)
+def maestro_settle(self: Any) -> bool:
+    """What time brings to limit and kept prefixes; whether a shrink still waits."""
+    kv = _kv_of(self)
+    kv.settle()
+    return kv.waits()
 
 
 def maestro_trim(self: Any) -> None:

@@ -25,10 +25,12 @@ class KvCache:
         if releasable != "blocks":
             self._whole = kv_of(
                 core,
-                floor_bytes=blocks.floor * self.block_bytes,
+                floor_blocks=blocks.floor,
                 built_bytes=total_bytes,
                 release=self._release_whole if releasable else lambda: False,
             )
+        if isinstance(self._whole, ElasticKv):
+            self.block_bytes = self._whole.block_bytes
 
     @property
     def elastic(self) -> bool:
@@ -38,8 +40,11 @@ class KvCache:
     def state(self) -> dict[str, Any]:
         """Sizes in bytes: block, built, floor, limit, held, used (by requests), cached, pinned."""
         blocks, size = self.blocks, self.block_bytes
-        pinned = blocks.pinned
+        pinned, cached = blocks.pinned, blocks.cached
         whole = self._whole
+        used = blocks.held - 1 - blocks.free - pinned
+        if isinstance(whole, ElasticKv):  # free is what can be had: not what others hold
+            used = whole.allocated_blocks - 1 - cached - pinned
         # A limit is what was asked for, though only whole blocks of it can be used.
         held = blocks.held * size if blocks.held > blocks.limit else self._asked
         return {
@@ -49,8 +54,8 @@ class KvCache:
             "floor_bytes": whole.floor_bytes if whole else blocks.floor * size,
             "limit_bytes": whole.limit_bytes if whole else self._asked,
             "held_bytes": whole.held_bytes() if whole else held,
-            "used_bytes": (blocks.held - 1 - blocks.free - pinned) * size,
-            "cached_bytes": blocks.cached * size,
+            "used_bytes": used * size,
+            "cached_bytes": cached * size,
             "pinned_bytes": pinned * size,
         }
 
@@ -62,6 +67,7 @@ class KvCache:
         """
         if self._whole is not None:
             self._whole.set_limit(limit_bytes)
+            self._settle_whole()
             return
         now = self.state()
         if not now["floor_bytes"] <= limit_bytes <= now["built_bytes"]:
@@ -76,9 +82,25 @@ class KvCache:
         """What time brings: kept prefixes expire, a waiting shrink takes what became free."""
         self.blocks.expire()
         if self._whole is not None:
-            self._whole.settle()
+            self._settle_whole()
         else:
             self._release(self.blocks.enforce())
+
+    def _settle_whole(self) -> None:
+        """Kept prefixes give way to a limit at last, the one that ends soonest first."""
+        assert self._whole is not None
+        state = self._whole.settle()
+        if isinstance(self._whole, ElasticKv):
+            self.blocks.bound(self._whole.limit_blocks)
+            while self.blocks.kept and state.status == "deferred":
+                self.blocks.drop_soonest()
+                state = self._whole.settle()
+
+    def waits(self) -> bool:
+        """Whether a shrink waits for blocks in use."""
+        if self._whole is not None:
+            return self._whole.held_bytes() > self._whole.limit_bytes
+        return self.blocks.held > self.blocks.limit
 
     def trim(self) -> None:
         """Give back what is mapped and unused: the weights have left."""

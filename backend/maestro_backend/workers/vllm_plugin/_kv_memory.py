@@ -23,8 +23,9 @@ def total_bytes(caches: list[Any]) -> int:
 
 def is_releasable(caches: list[Any]) -> bool:
     """Whether blocks are contiguous memory of this process."""
-    on_cpu = all(cache.device.type == "cpu" for cache in caches)
-    return bool(caches) and on_cpu and all(cache[0].is_contiguous() for cache in caches)
+    flat = list(_flat(caches))
+    on_cpu = all(cache.device.type == "cpu" for cache in flat)
+    return bool(flat) and on_cpu and all(cache[0].is_contiguous() for cache in flat)
 
 
 def release(caches: list[Any], blocks: list[int]) -> None:
@@ -33,7 +34,7 @@ def release(caches: list[Any], blocks: list[int]) -> None:
     Raises:
         OSError: the kernel refused.
     """
-    for cache in caches:
+    for cache in _flat(caches):
         stride, start = _stride_bytes(cache), cache.data_ptr()
         for first, last in _runs(sorted(blocks)):
             _advise(start + first * stride, start + (last + 1) * stride)
@@ -41,15 +42,21 @@ def release(caches: list[Any], blocks: list[int]) -> None:
 
 def resident_bytes(caches: list[Any]) -> int:
     """Bytes of the cache that take memory now, by the kernel's count (`mincore`); 0 on a GPU."""
-    if any(cache.device.type != "cpu" for cache in caches):
+    if any(cache.device.type != "cpu" for cache in _flat(caches)):
         return 0
     return sum(_resident(start, size) for start, size in _buffers(caches))
 
 
 def _buffers(caches: list[Any]) -> Iterator[tuple[int, int]]:
     """Address and bytes of the memory behind the layers; layers may share it."""
-    storages = (cache.untyped_storage() for cache in caches)
+    storages = (cache.untyped_storage() for cache in _flat(caches))
     yield from {storage.data_ptr(): storage.nbytes() for storage in storages}.items()
+
+
+def _flat(caches: list[Any]) -> Iterator[Any]:
+    """The tensors; a layer of a hybrid model has several (vLLM 0.26)."""
+    for cache in caches:
+        yield from cache if isinstance(cache, list | tuple) else (cache,)
 
 
 def _resident(start: int, size: int) -> int:

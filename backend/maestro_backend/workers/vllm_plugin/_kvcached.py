@@ -40,7 +40,12 @@ class KvState:
 
 
 def kvcached_refusal(
-    vllm: str | None, kvcached: str | None, *, device: str = "cuda:0", kv_events: bool = False
+    vllm: str | None,
+    kvcached: str | None,
+    *,
+    device: str = "cuda:0",
+    kv_events: bool = False,
+    speculative: bool = False,
 ) -> str:
     """Why a worker cannot have elastic KV, or "". Versions are those installed, None where not.
 
@@ -50,7 +55,10 @@ def kvcached_refusal(
     if not device.startswith("cuda"):
         return "kvcached needs a GPU"
     if kvcached is None:
-        return "kvcached is not installed: pip install 'maestro-mas[kvcached]'"
+        return (
+            "kvcached is not installed: pip install --no-build-isolation"
+            f" setuptools wheel kvcached=={KVCACHED}"
+        )
     if kvcached != KVCACHED:
         return f"kvcached {kvcached} is not {KVCACHED}, the one this is written for"
     if vllm is None:
@@ -59,6 +67,8 @@ def kvcached_refusal(
         return f"kvcached {KVCACHED} runs on vLLM 0.26 to 0.30, not {vllm}"
     if kv_events:
         return "kvcached cannot publish KV events: leave kv_events_config out of engine_args"
+    if speculative:
+        return "kvcached and speculative decoding do not go together in every vLLM: it is left out"
     return ""
 
 
@@ -75,9 +85,11 @@ def kvcached_environment(model: str, instance: str, *, vllm: str = "0.30.0") -> 
         "ENABLE_KVCACHED": "true",
         "KVCACHED_AUTOPATCH": "1",
         "KVCACHED_IPC_NAME": f"maestro-{name}-{unique}",
-        # Pages kept mapped though unused, each 2 MiB x layers x 2: the ledger pays for them.
+        # Pages kept mapped though unused, each 2 MiB x layers: the ledger pays for them.
         "KVCACHED_MIN_RESERVED_PAGES": "1",
         "KVCACHED_MAX_RESERVED_PAGES": "2",
+        # It would keep 5 % of the whole GPU free; what may be used is the ledger's business.
+        "KVCACHED_GPU_UTILIZATION": "0.99",
         # Cached prefixes are bounded by the KV limit, and evicted here when it shrinks.
         "KVCACHED_MAX_CACHED_TOKENS": "-1",
         **runner,
@@ -85,16 +97,19 @@ def kvcached_environment(model: str, instance: str, *, vllm: str = "0.30.0") -> 
 
 
 def kv_of(
-    core: Any, *, floor_bytes: int, built_bytes: int, release: Callable[[], bool]
+    core: Any, *, floor_blocks: int, built_bytes: int, release: Callable[[], bool]
 ) -> ElasticKv | FixedKv:
-    """The KV memory of an engine core: elastic where kvcached runs in it, else of one size."""
+    """The KV memory of an engine core: elastic where kvcached runs in it, else of one size.
+
+    `floor_blocks` are those of one longest request, the null block included.
+    """
     if os.environ.get("ENABLE_KVCACHED", "").lower() in _ON:
         try:
             from kvcached.pool_registry import get_registered_kv_cache_pools
         except ImportError:
             return FixedKv(built_bytes, release)
         if get_registered_kv_cache_pools():
-            return ElasticKv(core, floor_bytes)
+            return ElasticKv(core, floor_blocks)
     return FixedKv(built_bytes, release)
 
 
@@ -148,12 +163,15 @@ class ElasticKv:
 
     elastic = True
 
-    def __init__(self, core: Any, floor_bytes: int) -> None:
+    def __init__(self, core: Any, floor_blocks: int) -> None:
         self._core = core
         self._revision = 0
-        bundle = sum(_bundle_bytes(pool) for pool in _pools())
+        # vLLM's tensors are no measure: kvcached lets them span addresses of the whole GPU.
+        self.block_bytes = sum(_block_bytes(pool) for pool in _pools())
         # kvcached rounds a limit down to whole pages; a request must fit all the same.
-        self.floor_bytes = -(-floor_bytes // bundle) * bundle
+        self.floor_bytes = sum(
+            -(-floor_blocks // _blocks_per_page(pool)) * _bundle_bytes(pool) for pool in _pools()
+        )
         self.max_bytes = sum(_capacity_bytes(pool) for pool in _pools())
         self.limit_bytes = self.max_bytes
 
@@ -175,6 +193,9 @@ class ElasticKv:
     def settle(self) -> KvState:
         """Where the limit stands, after what waits and can be freed has been freed."""
         state = self._state()
+        if state.status == "deferred":
+            self._drain()
+            state = self._state()
         while state.status == "deferred" and self._evict(state.held_bytes - state.limit_bytes):
             self._drain()
             state = self._state()
@@ -184,8 +205,19 @@ class ElasticKv:
         """What may be occupied now: the limit, or more while a shrink waits."""
         return self._state().held_bytes
 
+    @property
+    def limit_blocks(self) -> int:
+        """Blocks that the limit has room for."""
+        share = self.limit_bytes // len(_pools())
+        return min(share // _bundle_bytes(pool) * _blocks_per_page(pool) for pool in _pools())
+
+    @property
+    def allocated_blocks(self) -> int:
+        """Blocks of requests and of cached prefixes, the null block too."""
+        return sum(int(pool.observability_snapshot().allocated_blocks) for pool in _pools())
+
     def trim(self) -> None:
-        """Give back memory that is mapped and unused."""
+        """Give back memory that is mapped and held in reserve."""
         for pool in _pools():
             pool.trim()
 
@@ -231,9 +263,7 @@ class ElasticKv:
         return int(evict(max(1, -(-size // block))))
 
     def _drain(self) -> None:
-        """Unmap what was freed, now, unless a step of the engine is under way that may read it."""
-        if getattr(self._core, "batch_queue", None):
-            return
+        """Unmap what was freed, now: kvcached itself waits for the steps that may still read it."""
         for pool in _pools():
             pool.release_retired_pages_through(pool.capture_physical_release_marker())
 
@@ -258,6 +288,12 @@ def _bundle_bytes(pool: Any) -> int:
 
 def _block_bytes(pool: Any) -> int:
     return int(pool.block_mem_size * pool.num_layers * pool.num_kv_buffers)
+
+
+def _blocks_per_page(pool: Any) -> int:
+    """Blocks that lie in one page: a block that straddles two is never used."""
+    whole, rest = divmod(pool.page_size, pool.block_mem_size)
+    return int(max(1, whole - bool(rest)))
 
 
 def _capacity_bytes(pool: Any) -> int:

@@ -158,8 +158,9 @@ async def test_the_prefix_cache_survives_when_only_weights_move(vllm_node: Local
         assert await prefix_hits(http) - before >= 256
 
 
-async def test_a_restore_that_fails_half_way_can_be_tried_again(
-    vllm_node: LocalNode, vllm_config: Config, tmp_path: Path
+@pytest.mark.parametrize("harm", ["a tensor of another shape", "no file"])
+async def test_a_restore_that_fails_can_be_tried_again(
+    vllm_node: LocalNode, vllm_config: Config, tmp_path: Path, harm: str
 ) -> None:
     weights = Path(vllm_config.models["tiny"].source) / "model.safetensors"
     async with engine(vllm_node, "tiny") as http:
@@ -167,7 +168,10 @@ async def test_a_restore_that_fails_half_way_can_be_tried_again(
         await http.post("/maestro/residency", json={"residency": "parked"})
         shutil.copy(weights, tmp_path / "kept")
         try:
-            await asyncio.to_thread(break_late_tensor, weights)
+            if harm == "no file":
+                weights.unlink()
+            else:
+                await asyncio.to_thread(break_late_tensor, weights)
             failed = await http.post("/maestro/residency", json={"residency": "device"})
             assert failed.status_code == 409
             assert (await state(http))["residency"] == "parked"

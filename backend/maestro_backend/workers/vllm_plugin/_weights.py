@@ -91,9 +91,12 @@ class CpuWeights:
         """What the host copy holds now."""
         return self._copy.size if self._copy else 0
 
-    @property
+    @cached_property
     def host_copy_bytes(self) -> int:
-        """What a host copy takes; 0 where the checkpoint has no safetensors to copy."""
+        """What a host copy takes; 0 where the checkpoint has no safetensors to copy.
+
+        Looked up once: a file that is lost later must not cost the engine its life.
+        """
         return sum(os.stat(file).st_size for file in self._files)
 
     def keep_copy(self, budget_bytes: int | None) -> None:

@@ -84,7 +84,9 @@ def _why_not(info: StepInfo, engine: str, left: float) -> str:
 
 def _run(info: StepInfo, engine: str, folder: Path, limit: float, results: report.Results) -> None:
     """One step, in a process group of its own that is gone afterwards, whatever happened."""
-    lines, log = folder / f"{info.name}.jsonl", folder / f"{info.name}.log"
+    own = folder / "steps" / info.name
+    own.mkdir(parents=True, exist_ok=True)
+    lines, log = own / "figures.jsonl", own / "log.txt"
     lines.unlink(missing_ok=True)
     command = [sys.executable, "-m", f"gpu_kit.steps.{info.name}", engine, str(lines), str(limit)]
     began = time.monotonic()

@@ -26,6 +26,7 @@ from ._models import Models
 T = TypeVar("T")
 
 GPU = "cuda:0"
+_MODELS = Path(__file__).resolve().parents[4] / "build" / "gpu" / "models"
 
 
 class Step:
@@ -35,8 +36,7 @@ class Step:
         self.engine = engine
         self.limit_s = limit_s
         self.on_gpu = engine == "vllm"
-        self.results = lines.parent
-        self.models = Models(engine, self.results.parent / "models")
+        self.models = Models(engine, _MODELS)
         self._lines = lines
 
     def figure(self, name: str, value: Any) -> None:
@@ -55,16 +55,6 @@ class Step:
         say(json.dumps(line))
         with self._lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-    def found(self, step: str, name: str) -> Any:
-        """A figure of another step of this run; None where it was not run."""
-        lines = self.results / f"{step}.jsonl"
-        if lines.is_file():
-            for line in lines.read_text(encoding="utf-8").splitlines():
-                told = json.loads(line)
-                if told.get("figure") == name:
-                    return told["value"]
-        return None
 
     @asynccontextmanager
     async def node(

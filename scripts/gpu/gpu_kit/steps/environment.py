@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import psutil
 
@@ -17,7 +18,7 @@ async def environment(step: Step) -> None:
     """Figures only."""
     step.figure("cores", os.cpu_count())
     step.figure("memory_bytes", psutil.virtual_memory().total)
-    step.figure("disk_free_bytes", psutil.disk_usage(str(step.results)).free)
+    step.figure("disk_free_bytes", psutil.disk_usage(str(Path.cwd())).free)
     step.figure("kernel", platform.release())
     for name in _PACKAGES:
         try:

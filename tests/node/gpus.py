@@ -103,6 +103,8 @@ class FakeGpu:
         self._waiting.append(lambda: ctypes.memmove(target, source, size))
 
     def synchronize(self) -> None:
+        if self._fails("synchronize"):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         waiting, self._waiting = self._waiting, []
         for copy in waiting:
             copy()
@@ -151,7 +153,10 @@ class FakeRuntime:
 
     def __init__(self, gpu: FakeGpu) -> None:
         self._gpu = gpu
+        self.last_error = 0
+        """As CUDA keeps it: the next kernel launch of torch would fail of it."""
         self.functions: dict[str, Function] = {
+            "cudaGetLastError": Function(self._told),
             "cudaMemcpyAsync": Function(self._memcpy),
             "cudaHostRegister": Function(self._register),
             "cudaHostUnregister": Function(self._unregister),
@@ -168,15 +173,23 @@ class FakeRuntime:
         try:
             self._gpu.copy(target, source, size)
         except RuntimeError:
-            return 719
+            return self._failed(719)
         return 0
 
     def _register(self, address: int, size: int, flags: int) -> int:
         if self._gpu.pinned_bytes + size > self._gpu.host:
-            return 2
+            return self._failed(2)
         assert flags == 0
         self._gpu.pinned[address] = (ctypes.c_char * size).from_address(address)
         return 0
+
+    def _failed(self, error: int) -> int:
+        self.last_error = error
+        return error
+
+    def _told(self) -> int:
+        error, self.last_error = self.last_error, 0
+        return error
 
     def _unregister(self, address: int) -> int:
         self._gpu.unpin_address(address)

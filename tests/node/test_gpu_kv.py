@@ -56,7 +56,9 @@ class Whole(ElasticKv):
     def settle(self) -> KvState:
         waits = len(self._blocks.evicted) < self.waits_for
         held = self.max_bytes if waits else self.limit_bytes
-        return KvState("deferred" if waits else "applied", self.limit_bytes, held, 0)
+        return KvState("deferred" if waits else "applied", self.limit_bytes, held, 7 * BLOCK)
+
+    _state = settle
 
     def held_bytes(self) -> int:
         return self.settle().held_bytes
@@ -104,6 +106,7 @@ def test_sizes_are_in_kvcacheds_blocks(kv: _kv.KvCache, pool: ElasticPool) -> No
     pool._evictable_blocks = dict.fromkeys(range(5))
     keep(kv, "a", range(10, 14), 1)
     assert kv.state() == {
+        "resident_bytes": 7 * BLOCK,
         "elastic": True,
         "block_bytes": BLOCK,
         "built_bytes": BUILT * BLOCK,

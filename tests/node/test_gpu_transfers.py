@@ -102,13 +102,14 @@ def test_a_buffer_is_there_before_it_is_pinned_and_no_fork_takes_it_along(
 
 def test_what_the_driver_refuses_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(host=10)
-    use_runtime(monkeypatch, gpu)
+    runtime = use_runtime(monkeypatch, gpu)
     transfers = _transfers.Transfers()
     mappings = Path("/proc/self/maps").read_text().count("\n")
     for _ in range(20):
         with pytest.raises(MemoryError, match=r"no 1048576 bytes of pinned .* CUDA error 2"):
             transfers.pin(MIB)
     assert Path("/proc/self/maps").read_text().count("\n") < mappings + 20
+    assert runtime.last_error == 0, "torch would fail of it"
 
 
 def test_more_than_the_system_has_is_a_memory_error(transfers: _transfers.Transfers) -> None:
@@ -118,12 +119,13 @@ def test_more_than_the_system_has_is_a_memory_error(transfers: _transfers.Transf
 
 def test_a_failed_copy_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu()
-    use_runtime(monkeypatch, gpu)
+    runtime = use_runtime(monkeypatch, gpu)
     transfers, source = _transfers.Transfers(), gpu.allocate("weights", b"content")
     block = transfers.pin(7)
     gpu.fail["copy"] = 1
     with pytest.raises(RuntimeError, match="cudaMemcpyAsync failed with CUDA error 719"):
         transfers.to_host(block, 0, source, 7)
+    assert runtime.last_error == 0
 
 
 def test_torch_without_cuda_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,3 +265,38 @@ def test_without_sleep_mode_the_weights_cannot_leave(vllm: FakeVllm) -> None:
     assert weights.tiers == ("device",)
     with pytest.raises(RuntimeError, match="--enable-sleep-mode"):
         weights.suspend()
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_suspend_that_fails_before_anything_left_changes_nothing(
+    vllm: FakeVllm, worker: Worker, weights: Any, copied: bool
+) -> None:
+    """Good weights are not loaded again: their file may be gone."""
+    before = vllm.gpu.contents()
+    if copied:
+        weights.keep_copy(None)
+    vllm.gpu.fail["synchronize"] = 1
+    with pytest.raises(RuntimeError, match="illegal"):
+        weights.suspend()
+    assert weights.on_device and worker.reloads == 0
+    assert vllm.gpu.contents() == before
+    weights.suspend()
+    weights.resume()
+    assert (worker.reloads, vllm.gpu.contents()) == (0 if copied else 1, before)
+
+
+def test_a_checksum_tells_changed_and_swapped_weights(
+    vllm: FakeVllm, worker: Worker, weights: Any
+) -> None:
+    told = weights.checksum()
+    assert told == weights.checksum()
+    weights.suspend()
+    with pytest.raises(RuntimeError, match="not on the device"):
+        weights.checksum()
+    weights.resume()
+    assert weights.checksum() == told
+    seen = {told}
+    for change in (SCALES[1:] + SCALES[:1], bytes([*SCALES[2:4], *SCALES[:2], *SCALES[4:]])):
+        vllm.gpu.write(worker.scales, change)
+        seen.add(weights.checksum())
+    assert len(seen) == 3

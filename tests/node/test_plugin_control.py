@@ -154,3 +154,11 @@ async def test_the_first_limit_is_one_that_the_built_cache_can_have(
     for task in control._tasks:
         task.cancel()
     assert engine.arguments["maestro_limit_kv"] == (asked,)
+
+
+async def test_a_checksum_is_of_all_ranks_or_refused() -> None:
+    engine = Engine(maestro_checksum={"checksum": "abc"})
+    assert await Control(engine).checksum() == "abc"
+    engine.fails["maestro_checksum"] = {"error": "the weights are not on the device", "status": 409}
+    with pytest.raises(RefusedError, match="not on the device"):
+        await Control(engine).checksum()

@@ -63,7 +63,7 @@ class Control:
             "residency": tier,
             "requests": kv.pop("requests"),
             "elastic": kv.pop("elastic"),
-            "kv": {**kv, "resident_bytes": memory.pop("kv_resident_bytes")},
+            "kv": {"resident_bytes": memory.pop("kv_resident_bytes"), **kv},
             "tiers": memory.pop("tiers"),
             "weights": memory,
         }
@@ -127,6 +127,16 @@ class Control:
         if "error" in answer:
             raise RefusedError(answer.get("status", 409), answer["error"])
         return answer
+
+    async def checksum(self) -> str:
+        """One text for all weights, to tell whether they came back as they went.
+
+        Raises:
+            RefusedError: they are not on the device, or cannot be read there (CPU).
+        """
+        async with self._moving:
+            answers = self._all_checked(await self._workers("maestro_checksum"))
+        return "-".join(str(answer["checksum"]) for answer in answers)
 
     async def drop_copy(self) -> None:
         """Give up the copy in host memory.

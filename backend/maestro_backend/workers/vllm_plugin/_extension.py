@@ -82,6 +82,13 @@ class WorkerExtension:
             return {"error": f"{type(error).__name__}: {error}"}
         return {}
 
+    def maestro_checksum(self) -> dict[str, Any]:
+        """Of the weights on the device; `error` tells why there is none."""
+        try:
+            return {"checksum": self._maestro_weights.checksum()}
+        except RuntimeError as error:
+            return {"error": str(error), "status": 409}
+
     def maestro_drop_copy(self) -> None:
         """Give up the copy in host memory."""
         self._maestro_weights.drop_copy()

@@ -38,7 +38,8 @@ class KvCache:
         return self._whole is None or self._whole.elastic
 
     def state(self) -> dict[str, Any]:
-        """Sizes in bytes: block, built, floor, limit, held, used (by requests), cached, pinned."""
+        """Sizes in bytes: block, built, floor, limit, held, used (by requests), cached, pinned;
+        on a GPU resident too, the device memory behind it."""
         blocks, size = self.blocks, self.block_bytes
         pinned, cached = blocks.pinned, blocks.cached
         whole = self._whole
@@ -47,7 +48,9 @@ class KvCache:
             used = whole.allocated_blocks - 1 - cached - pinned
         # A limit is what was asked for, though only whole blocks of it can be used.
         held = blocks.held * size if blocks.held > blocks.limit else self._asked
+        resident = {"resident_bytes": whole.resident_bytes()} if whole else {}
         return {
+            **resident,
             "elastic": self.elastic,
             "block_bytes": size,
             "built_bytes": whole.max_bytes if whole else blocks.built * size,

@@ -149,6 +149,10 @@ class FixedKv:
         """What may be occupied now."""
         return 0 if self._away else self.max_bytes
 
+    def resident_bytes(self) -> int:
+        """Device memory behind it now."""
+        return self.held_bytes()
+
     def trim(self) -> None:
         """The weights have left: it goes too, if it may."""
         self._away = self._away or self._release()
@@ -200,6 +204,10 @@ class ElasticKv:
             self._drain()
             state = self._state()
         return state
+
+    def resident_bytes(self) -> int:
+        """Device memory behind it now."""
+        return self._state().mapped_bytes
 
     def held_bytes(self) -> int:
         """What may be occupied now: the limit, or more while a shrink waits."""

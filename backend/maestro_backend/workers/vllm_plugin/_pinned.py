@@ -131,10 +131,10 @@ class PinnedWeights:
 
     def drop_copy(self) -> None:
         """Give the copy's memory back; weights that are away are then lost."""
-        block, self._block = self._block, None
         self._copied = {}
-        if block is not None:
-            self._device.unpin(block)
+        if self._block is not None:
+            self._device.unpin(self._block)
+            self._block = None
 
     def unmap(self, tags: Iterable[str]) -> int:
         """Give the device memory of these tags back; the bytes that went.

@@ -26,6 +26,10 @@ async def _residency(control: Control, body: dict[str, Any]) -> dict[str, Any]:
     return await control.move(body["residency"], body.get("host_budget_bytes"))
 
 
+async def _checksum(control: Control, body: dict[str, Any]) -> dict[str, Any]:
+    return {"checksum": await control.checksum()}
+
+
 async def _drop_copy(control: Control, body: dict[str, Any]) -> dict[str, Any]:
     await control.drop_copy()
     return {}
@@ -58,6 +62,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/maestro/worker", _state),
     ("GET", "/maestro/progress", _progress),
     ("POST", "/maestro/residency", _residency),
+    ("GET", "/maestro/checksum", _checksum),
     ("DELETE", "/maestro/host-copy", _drop_copy),
     ("POST", "/maestro/kv", _kv),
     ("POST", "/maestro/prefix/keep", _keep),

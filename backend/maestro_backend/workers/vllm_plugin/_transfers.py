@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -25,6 +25,7 @@ _PAGE = 2 * 1024**2
 _THREADS = 8
 _KINDS = {"p": ctypes.c_void_p, "z": ctypes.c_size_t, "i": ctypes.c_int}
 _FUNCTIONS = {
+    "cudaGetLastError": "",
     "cudaMemcpyAsync": "ppzip",
     "cudaHostRegister": "pzi",
     "cudaHostUnregister": "p",
@@ -60,7 +61,7 @@ class Transfers:
     """Copies on a stream of their own, in chunks: they overlap with what the GPU computes."""
 
     def __init__(self) -> None:
-        self._runtime = cuda_runtime()
+        self._runtime: Mapping[str, Callable[..., int]] = cuda_runtime()
         self._stream = torch.cuda.Stream()
 
     def pin(self, size: int) -> mmap.mmap:
@@ -111,6 +112,7 @@ class Transfers:
     def _call(self, name: str, *arguments: Any) -> None:
         result = self._runtime[name](*arguments)
         if result:
+            self._runtime["cudaGetLastError"]()  # or the next kernel of torch's fails of it
             raise RuntimeError(f"{name} failed with CUDA error {result}")
 
 

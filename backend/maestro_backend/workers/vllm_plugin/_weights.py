@@ -159,6 +159,14 @@ class CpuWeights:
         self.on_device = True
         _trim()  # what loading left behind
 
+    def checksum(self) -> str:
+        """None: the linear layers' weights are packed where nobody can read them.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("weights on a CPU have no checksum: vLLM packs them")
+
     def forget_pages(self) -> None:
         """Ask the kernel to drop the checkpoint's page cache: parked weights hold no memory."""
         for file in self._files:

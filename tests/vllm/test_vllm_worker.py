@@ -284,6 +284,8 @@ async def test_bad_orders_are_refused_by_name(vllm_node: LocalNode) -> None:
         assert (moon.status_code, "moon" in moon.json()["error"]) == (422, True)
         empty = await http.post("/maestro/kv", json={})
         assert (empty.status_code, "limit_bytes" in empty.json()["error"]) == (400, True)
+        packed = await http.get("/maestro/checksum")
+        assert (packed.status_code, "on a CPU" in packed.json()["error"]) == (409, True)
 
 
 def test_a_worker_without_an_agent_ends_itself() -> None:

@@ -2,7 +2,7 @@
 
 from ._colocation import Plan, Scene, bench_colocation
 from ._command import add_arguments, run_bench
-from ._engines import PROMPTS, Caller, forget_pages, say, spread, worker_of
+from ._engines import PROMPTS, Caller, forget_pages, keep_logs, say, spread, worker_of
 from ._kv import Load
 from ._workload import RecordedRun
 
@@ -16,6 +16,7 @@ __all__ = [
     "add_arguments",
     "bench_colocation",
     "forget_pages",
+    "keep_logs",
     "run_bench",
     "say",
     "spread",

@@ -11,9 +11,9 @@ import contextlib
 import json
 import statistics
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from maestro_backend.scheduler import (
     WorkerInfo,
 )
 
-from ._engines import say, worker_of
+from ._engines import keep_logs, say, worker_of
 from ._switches import Switch, Watch, hidden
 from ._workload import MODEL_OF, App, Outcome, RecordedRun, recorded_runs
 
@@ -54,21 +54,30 @@ _SWITCHES_OF_RESTART = 6
 @dataclass(frozen=True, slots=True)
 class Scene:
     """Who plays: models by name with their settings, the stages of the app and which model each
-    calls, the runs, and for the weights of how many models there is room (of the largest)."""
+    calls, the runs, for the weights of how many models there is room (of the largest), and more
+    settings of the node."""
 
     models: Mapping[str, Mapping[str, Any]]
     model_of: Mapping[str, str]
     runs: Sequence[RecordedRun]
     room_for: int
+    node: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run: the scene's runs in each system, `at_once` of them at any time."""
+    """What to run: the scene's runs in each system, `at_once` of them at any time.
+
+    `told` hears of each system's result as soon as there is one. The engines' logs are kept in
+    `logs`; they outlive a kill of the benchmark by `lease`.
+    """
 
     engine: str = "vllm-cpu"
     at_once: int = 1
     systems: tuple[str, ...] = tuple(SYSTEMS)
+    told: Callable[[str, dict[str, Any]], None] = lambda *_: None
+    logs: Path | None = None
+    lease: str = "2m"
 
 
 def trading(engine: str, runs: int) -> Scene:
@@ -88,14 +97,19 @@ async def bench_colocation(plan: Plan, scene: Scene) -> dict[str, Any]:
     least as early as their activation takes; `hidden_per_switch` only the call that waits longest.
     """
     with tempfile.TemporaryDirectory(prefix="maestro-bench-") as state:
-        config = _config(plan.engine, scene, Path(state))
-        budget = await _measure_budget(config, scene)
-        say(f"budget: {budget >> 20} MiB")
-        async with _node(_with_memory(config, budget)) as node:
-            results = {}
-            for name in plan.systems:
-                system = _System(name, node, config, budget, scene)
-                results[name] = await system.play(plan.at_once)
+        config = _config(plan, scene, Path(state))
+        try:
+            budget = await _measure_budget(config, scene)
+            say(f"budget: {budget >> 20} MiB")
+            async with _node(_with_memory(config, budget)) as node:
+                results = {}
+                for name in plan.systems:
+                    system = _System(name, node, config, budget, scene)
+                    results[name] = await system.play(plan.at_once)
+                    plan.told(name, results[name])
+        finally:
+            if plan.logs is not None:
+                keep_logs(Path(state), plan.logs)
     return {
         "bench": "colocation",
         "engine": plan.engine,
@@ -109,16 +123,16 @@ async def bench_colocation(plan: Plan, scene: Scene) -> dict[str, Any]:
     }
 
 
-def _config(engine: str, scene: Scene, state: Path) -> Config:
+def _config(plan: Plan, scene: Scene, state: Path) -> Config:
     usual = {
-        "engine": engine,
+        "engine": plan.engine,
         "kv_memory": "256MiB",
         "max_model_len": 2048,
         "max_num_seqs": 8,
     }
     models = {name: {**usual, **settings} for name, settings in scene.models.items()}
-    node: dict[str, Any] = {"name": "bench", "lease": "2m"}
-    if engine == "vllm":
+    node: dict[str, Any] = {"name": "bench", "lease": plan.lease, **scene.node}
+    if plan.engine == "vllm":
         node["devices"] = ["cuda:0"]
     else:
         node |= {"devices": ["cpu"], "memory": "64GiB", "host_memory": "4GiB"}

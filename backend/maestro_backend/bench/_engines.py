@@ -87,6 +87,15 @@ class Caller:
         return tuple([await self.ask(prompt) for prompt in PROMPTS])
 
 
+def keep_logs(state: Path, into: Path, most_bytes: int = 256 * 1024) -> None:
+    """Copy the ends of a node's logs out of a state folder that is about to go."""
+    for log in sorted((state / "logs").glob("*.log")):
+        into.mkdir(parents=True, exist_ok=True)
+        with log.open("rb") as file, (into / log.name).open("ab") as kept:
+            file.seek(max(0, log.stat().st_size - most_bytes))
+            kept.write(file.read())
+
+
 def pss_bytes(pid: int) -> int:
     """Memory of a process and all its descendants, shared pages counted once (PSS)."""
     server = psutil.Process(pid)

@@ -96,7 +96,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/gpu/bundle", description=__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "gpu")
     parser.add_argument("--python", default="3.12", help="the GPU machine's (default: 3.12)")
-    parser.add_argument("--whole", action="store_true", help="all of vLLM's wheel, in five parts")
+    parser.add_argument("--whole", action="store_true", help="all of vLLM's wheel, in six parts")
     chosen = parser.parse_args()
     try:
         make_bundle(chosen.folder.resolve(), chosen.python, chosen.whole)

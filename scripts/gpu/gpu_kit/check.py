@@ -7,9 +7,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,9 +20,10 @@ from typing import Any
 from . import report
 from .steps import STEPS, StepInfo
 
-_GRACE_S = 15.0
+_GRACE_S = 45.0
 _POLL_S = 0.2
 _SLOWER = 3
+_FIRST, _BAD = "serve", ("failed", "cut off")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,10 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.into.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    results = report.Results(folder / "results.json", options.engine)
+    results = report.Results(folder / "results.json", options.engine, _installed())
     for info in _chosen(options.only, options.skip):
         left = options.budget - (time.monotonic() - began)
-        if reason := _why_not(info, options.engine, left):
+        reason = _why_not(info, options.engine, left)
+        if not reason and info.starts_engines and results.status_of(_FIRST) in _BAD:
+            reason = f"{_FIRST} did not end well: engines do not start here"
+        if reason:
             results.skipped(info.name, reason)
             _say(f"-- {info.name}: skipped, {reason}")
             continue
@@ -85,9 +91,9 @@ def _why_not(info: StepInfo, engine: str, left: float) -> str:
 def _run(info: StepInfo, engine: str, folder: Path, limit: float, results: report.Results) -> None:
     """One step, in a process group of its own that is gone afterwards, whatever happened."""
     own = folder / "steps" / info.name
-    own.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True)
     lines, log = own / "figures.jsonl", own / "log.txt"
-    lines.unlink(missing_ok=True)
     command = [sys.executable, "-m", f"gpu_kit.steps.{info.name}", engine, str(lines), str(limit)]
     began = time.monotonic()
     with log.open("wb") as out:
@@ -97,6 +103,7 @@ def _run(info: StepInfo, engine: str, folder: Path, limit: float, results: repor
         finally:
             _end(child)
     results.ended(info.name, status, time.monotonic() - began, report.read(lines), _tail(log))
+    _pack(folder)
     _say(report.step_text(results.told[info.name]))
 
 
@@ -129,14 +136,24 @@ def _tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-25:])
 
 
+def _installed() -> dict[str, Any]:
+    """What scripts/gpu/install found, and the commit that it installed; {} elsewhere."""
+    record = Path(sys.prefix) / "installed.json"
+    return dict(json.loads(record.read_text(encoding="utf-8"))) if record.is_file() else {}
+
+
+def _pack(folder: Path) -> None:
+    """All raw figures and logs in one file: some machines give back only a few."""
+    packed = folder / "steps.tar.gz"
+    new = packed.with_suffix(".new")
+    with tarfile.open(new, "w:gz") as archive:
+        archive.add(folder / "steps", arcname="steps")
+    new.replace(packed)
+
+
 def _say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-
-
-def load(path: Path) -> dict[str, Any]:
-    """The results of a run."""
-    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,17 @@ Line = dict[str, Any]
 
 
 class Results:
-    """The file of all results, whole at any time. `told` maps a step's name to what it found."""
+    """The file of all results, whole at any time. `told` maps a step's name to what it found;
+    what an earlier run has found of other steps stays."""
 
-    def __init__(self, path: Path, engine: str) -> None:
+    def __init__(self, path: Path, engine: str, installed: dict[str, Any]) -> None:
         self.path = path
         self.told: dict[str, dict[str, Any]] = {}
+        self._before: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            self._before = json.loads(path.read_text(encoding="utf-8"))["steps"]
         self._head = {
+            "installed": installed,
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "engine": engine,
             "python": platform.python_version(),
@@ -27,6 +32,10 @@ class Results:
     def failed(self) -> list[str]:
         """The steps that did not end well, or where a check does not hold."""
         return [name for name, told in self.told.items() if _is_bad(told)]
+
+    def status_of(self, name: str) -> str:
+        """How a step of this run ended; "" where it did not run."""
+        return str(self.told.get(name, {}).get("status", ""))
 
     def skipped(self, name: str, reason: str) -> None:
         """It was not run."""
@@ -44,7 +53,8 @@ class Results:
     def _put(self, name: str, told: dict[str, Any]) -> None:
         self.told[name] = told
         new = self.path.with_suffix(".new")
-        new.write_text(json.dumps({**self._head, "steps": self.told}, indent=1) + "\n")
+        steps = {**self._before, **self.told}
+        new.write_text(json.dumps({**self._head, "steps": steps}, indent=1) + "\n")
         new.replace(self.path)
 
 

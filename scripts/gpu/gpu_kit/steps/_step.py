@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import httpx
 
 from maestro_backend._tied import tie_to_parent
-from maestro_backend.bench import say, worker_of
+from maestro_backend.bench import PROMPTS, keep_logs, say, worker_of
 from maestro_backend.config import Config
 from maestro_backend.node import LocalNode, read_gpus
 from maestro_backend.scheduler import WorkerInfo
@@ -26,6 +26,9 @@ from ._models import Models
 T = TypeVar("T")
 
 GPU = "cuda:0"
+HOST_MEMORY = "96GiB"
+"""For pinned copies: a virtual machine may tell of less memory than it will have."""
+
 _MODELS = Path(__file__).resolve().parents[4] / "build" / "gpu" / "models"
 
 
@@ -61,16 +64,58 @@ class Step:
         self, models: Mapping[str, Mapping[str, Any]], **settings: Any
     ) -> AsyncIterator[LocalNode]:
         """A node with these models and nothing else."""
-        here = {"devices": [GPU]} if self.on_gpu else {"devices": ["cpu"], "memory": "12GiB"}
+        here = {"devices": [GPU], "host_memory": HOST_MEMORY}
+        if not self.on_gpu:
+            here = {"devices": ["cpu"], "memory": "12GiB"}
         with tempfile.TemporaryDirectory(prefix="maestro-gpu-") as state:
             node = {"name": "here", **here, **settings}
             raw = {"models": models, "nodes": [node], "state_dir": state}
-            async with LocalNode(Config.parse(raw)) as running:
-                yield running
+            try:
+                async with LocalNode(Config.parse(raw)) as running:
+                    yield running
+            finally:
+                keep_logs(Path(state), self.logs)
+
+    @property
+    def logs(self) -> Path:
+        """Where the logs of the engines are kept."""
+        return self._lines.parent / "logs"
 
     def device_bytes(self) -> int:
         """What all processes hold of the GPU now, as the driver says; 0 without a GPU."""
         return read_gpus()[GPU].used_bytes if self.on_gpu else 0
+
+
+async def answers(node: LocalNode, model: str) -> tuple[Any, ...]:
+    """Texts and log-probabilities of some answers, one call at a time: the batch never differs.
+
+    Random weights say much the same whatever happens to them; their log-probabilities do not.
+    """
+    seen = []
+    async with http_of(await worker_of(node, model)) as http:
+        for prompt in PROMPTS:
+            body = {
+                "model": model,
+                "messages": [{"role": "user", "content": prompt}],
+                "max_tokens": 24,
+                "ignore_eos": True,
+                "temperature": 0,
+                "logprobs": True,
+            }
+            answer = await http.post("/v1/chat/completions", json=body)
+            [choice] = answer.raise_for_status().json()["choices"]
+            told = (choice.get("logprobs") or {}).get("content") or ()
+            seen.append((choice["message"]["content"], *(round(t["logprob"], 3) for t in told)))
+    return tuple(seen)
+
+
+async def checksum(step: Step, node: LocalNode, model: str) -> str:
+    """Of all weights on the GPU; "" elsewhere."""
+    if not step.on_gpu:
+        return ""
+    async with http_of(await worker_of(node, model)) as http:
+        answer = await http.get("/maestro/checksum")
+        return str(answer.raise_for_status().json()["checksum"])
 
 
 async def told_by(node: LocalNode, model: str) -> dict[str, Any]:

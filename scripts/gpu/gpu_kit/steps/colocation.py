@@ -9,17 +9,18 @@ from typing import Any
 
 from maestro_backend.bench import Plan, RecordedRun, Scene, bench_colocation
 
-from ._step import Step, run
+from ._step import HOST_MEMORY, Step, run
 
-_RUNS = 3
+_RUNS = 2
 _AIM = 0.8
+_LEASE = "15s"
 
 
 async def colocation(step: Step) -> None:
     """The app is a chain whose every stage calls another model than the one before."""
-    sizes = ("medium", "medium") if step.on_gpu else ("small", "medium")
-    await _scene(step, "two", dict(zip("ab", sizes, strict=True)), 1)
-    await _scene(step, "three", dict(zip("abc", (*sizes, sizes[1]), strict=True)), 2)
+    sizes = ("medium", "medium", "small")
+    await _scene(step, "three", dict(zip("abc", sizes, strict=True)), 2)
+    await _scene(step, "two", dict(zip("ab", sizes[1:], strict=True)), 1)
 
 
 async def _scene(step: Step, name: str, sizes: dict[str, str], room_for: int) -> None:
@@ -29,13 +30,17 @@ async def _scene(step: Step, name: str, sizes: dict[str, str], room_for: int) ->
     }
     stages = [model for _ in range(2) for model in models]
     model_of = {f"{number}-{model}": model for number, model in enumerate(stages)}
-    length = (256, 160) if step.on_gpu else (64, 96)
-    runs = [RecordedRun(tuple((stage, (length,)) for stage in model_of))] * _RUNS
-    plan = Plan(step.engine, systems=("lru", "maestro"))
-    told = await bench_colocation(plan, Scene(models, model_of, runs, room_for))
+    runs = [RecordedRun(tuple((stage, ((256 if step.on_gpu else 64, 96),)) for stage in model_of))]
+    plan = Plan(
+        step.engine,
+        systems=("maestro", "lru"),
+        told=lambda system, result: step.figure(f"{name}_{system}", result),
+        logs=step.logs,
+        lease=_LEASE,
+    )
+    node = {"host_memory": HOST_MEMORY} if step.on_gpu else {}
+    told = await bench_colocation(plan, Scene(models, model_of, runs * _RUNS, room_for, node))
     step.figure(f"{name}_budget_bytes", told["budget_bytes"])
-    for system, result in told["systems"].items():
-        step.figure(f"{name}_{system}", result)
     _judge(step, name, told["systems"])
 
 

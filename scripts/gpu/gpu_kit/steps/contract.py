@@ -22,6 +22,8 @@ async def contract(step: Step) -> None:
         "-p",
         "no:cacheprovider",
         "tests/node",
+        "-o",
+        "filterwarnings=default",  # other people's packages warn of their own affairs
         "-k",
         "gpu",
     ]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from maestro_backend.bench import Caller, forget_pages, spread, worker_of
-from maestro_backend.node import LocalNode
+from maestro_backend.bench import forget_pages, spread
 from maestro_backend.scheduler import Residency
 
-from ._step import Step, run, timed, told_by
+from ._step import Step, answers, checksum, run, timed, told_by
 
 _CYCLES = 4
 
@@ -20,7 +19,7 @@ async def tiers(step: Step) -> None:
     async with step.node({"small": settings}) as node:
         start_s = await timed(node.set_residency("small", Residency.DEVICE))
         step.figure("first_start_s", round(start_s, 2))
-        before = await _answers(node)
+        before, bytes_before = await answers(node, "small"), await checksum(step, node, "small")
         for way in (("parked",), ("host", "parked")):
             out, back = [], []
             for _ in range(_CYCLES):
@@ -37,20 +36,19 @@ async def tiers(step: Step) -> None:
             step.figure("weights_bytes", size)
             step.figure(f"from_{name}_gb_s", round(size / spread(back)["median"] / 1e9, 2))
             step.check(f"{name}: no copy is held", held == 0, f"{held} bytes")
-            same = await _answers(node) == before
-            step.check(f"{name}: the same answers afterwards", same, repr(before[0][:40]))
+            same = await answers(node, "small") == before
+            step.check(f"{name}: the same answers afterwards", same, repr(before[0][:3]))
+            same = await checksum(step, node, "small") == bytes_before
+            if step.on_gpu:
+                step.check(f"{name}: the same bytes afterwards", same, bytes_before[:16])
         for cold in (False, True):
             await node.set_residency("small", Residency.DISK)
             if cold and step.engine != "stub":
                 forget_pages(Path(settings["source"]))
             seconds = await timed(node.set_residency("small", Residency.DEVICE))
             step.figure("start_evicted_s" if cold else "start_cached_s", round(seconds, 2))
-        step.check("disk: the same answers", await _answers(node) == before, repr(before[0][:40]))
-
-
-async def _answers(node: LocalNode) -> tuple[str, ...]:
-    async with Caller(await worker_of(node, "small")) as caller:
-        return await caller.answers()
+        same = await answers(node, "small") == before
+        step.check("disk: the same answers", same, repr(before[0][:3]))
 
 
 if __name__ == "__main__":

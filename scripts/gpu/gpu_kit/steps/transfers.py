@@ -25,6 +25,7 @@ class _HostTransfers(_transfers.Transfers):
     def __init__(self) -> None:
         self._stream = type("Stream", (), {"cuda_stream": 0})()
         self._runtime = {
+            "cudaGetLastError": lambda: 0,
             "cudaMemcpyAsync": lambda to, source, size, *_: _nothing(
                 ctypes.memmove(to, source, size)
             ),
@@ -87,10 +88,14 @@ def pcie_gb_s(size: int, on_gpu: bool) -> dict[str, float]:
 
         return once
 
-    return {
+    rates = {
         "to_device": _best(size, copy(there, here)),
         "to_host": _best(size, copy(here, there)),
     }
+    del here, there
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return rates
 
 
 def _wait(on_gpu: bool) -> None:

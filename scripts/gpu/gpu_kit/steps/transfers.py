@@ -50,6 +50,11 @@ async def transfers(step: Step) -> None:
     began = time.monotonic()
     block = moves.pin(size)
     step.figure("pin_gb_s", _rate(size, time.monotonic() - began))
+    if step.on_gpu:
+        began = time.monotonic()
+        theirs = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        step.figure("torch_pin_gb_s", _rate(size, time.monotonic() - began))
+        del theirs
     limit = pcie_gb_s(size, step.on_gpu)
     step.figure("limit_gb_s", limit)
     there = torch.zeros(size, dtype=torch.uint8, device="cuda" if step.on_gpu else "cpu")

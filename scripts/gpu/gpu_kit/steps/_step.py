@@ -109,6 +109,12 @@ async def answers(node: LocalNode, model: str) -> tuple[Any, ...]:
     return tuple(seen)
 
 
+def shown(seen: tuple[Any, ...]) -> str:
+    """The beginning of the first answer."""
+    text, *logprobs = seen[0]
+    return f"{text[:24]!r} {logprobs[:3]}"
+
+
 async def checksum(step: Step, node: LocalNode, model: str) -> str:
     """Of all weights on the GPU; "" elsewhere."""
     if not step.on_gpu:

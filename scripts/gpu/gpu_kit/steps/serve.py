@@ -9,7 +9,7 @@ from maestro_backend.bench import PROMPTS, Caller, worker_of
 from maestro_backend.node import LocalNode, read_gpus
 from maestro_backend.scheduler import Residency
 
-from ._step import GPU, Step, answers, run, timed, told_by
+from ._step import GPU, Step, answers, run, shown, timed, told_by
 
 _CALLS = 16
 _TOKENS = 128
@@ -28,7 +28,7 @@ async def serve(step: Step) -> None:
         step.figure("elastic", worker.elastic)
         first, second = await answers(node, "small"), await answers(node, "small")
         async with Caller(worker) as caller:
-            step.check("the same question has the same answer", first == second, repr(first[0][:4]))
+            step.check("the same question has the same answer", first == second, shown(first))
             step.figure(
                 "tokens_s", {"1": await _speed(caller, 1), "16": await _speed(caller, _CALLS)}
             )

@@ -9,7 +9,7 @@ from maestro_agents.protocol import MaestroError
 from maestro_backend.bench import worker_of
 from maestro_backend.scheduler import Residency
 
-from ._step import Step, answers, http_of, run, told_by
+from ._step import Step, answers, http_of, run, shown, told_by
 
 _CLOSE = 64 * 1024**2
 _SETTLE_S = 2.5
@@ -39,7 +39,7 @@ async def shortage(step: Step) -> None:
                 await asyncio.sleep(_SETTLE_S)
             await node.set_residency("small", Residency.DEVICE)
             same = await answers(node, "small") == before
-            step.check(f"{tier}: the same answers afterwards", same, repr(before[0][:3]))
+            step.check(f"{tier}: the same answers afterwards", same, shown(before))
 
 
 def _judge(step: Step, tier: str, answer: Any, residency: str, grown: int) -> None:

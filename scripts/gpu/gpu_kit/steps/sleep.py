@@ -18,7 +18,7 @@ import psutil
 from maestro_backend.bench import spread, worker_of
 from maestro_backend.scheduler import Residency
 
-from ._step import Step, answers, checksum, http_of, run, timed, told_by
+from ._step import Step, answers, checksum, http_of, run, shown, timed, told_by
 from .transfers import pcie_gb_s
 
 _CYCLES = 6
@@ -73,7 +73,7 @@ async def _ours(step: Step, size: str) -> dict[str, Any]:
         same_bytes = await checksum(step, node, size) == bytes_before
         grown = step.device_bytes() - used
         weights = (await told_by(node, size))["weights"]
-    step.check(f"{size}: the same answers afterwards", same, repr(before[0][:3]))
+    step.check(f"{size}: the same answers afterwards", same, shown(before))
     if step.on_gpu:
         step.check(f"{size}: the same bytes afterwards", same_bytes, bytes_before[:16])
         holds = abs(grown) < 0.02 * used

@@ -8,7 +8,7 @@ from pathlib import Path
 from maestro_backend.bench import forget_pages, spread
 from maestro_backend.scheduler import Residency
 
-from ._step import Step, answers, checksum, run, timed, told_by
+from ._step import Step, answers, checksum, run, shown, timed, told_by
 
 _CYCLES = 4
 
@@ -37,7 +37,7 @@ async def tiers(step: Step) -> None:
             step.figure(f"from_{name}_gb_s", round(size / spread(back)["median"] / 1e9, 2))
             step.check(f"{name}: no copy is held", held == 0, f"{held} bytes")
             same = await answers(node, "small") == before
-            step.check(f"{name}: the same answers afterwards", same, repr(before[0][:3]))
+            step.check(f"{name}: the same answers afterwards", same, shown(before))
             same = await checksum(step, node, "small") == bytes_before
             if step.on_gpu:
                 step.check(f"{name}: the same bytes afterwards", same, bytes_before[:16])
@@ -48,7 +48,7 @@ async def tiers(step: Step) -> None:
             seconds = await timed(node.set_residency("small", Residency.DEVICE))
             step.figure("start_evicted_s" if cold else "start_cached_s", round(seconds, 2))
         same = await answers(node, "small") == before
-        step.check("disk: the same answers", same, repr(before[0][:3]))
+        step.check("disk: the same answers", same, shown(before))
 
 
 if __name__ == "__main__":

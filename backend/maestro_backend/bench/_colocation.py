@@ -68,8 +68,8 @@ class Scene:
 class Plan:
     """What to run: the scene's runs in each system, `at_once` of them at any time.
 
-    `told` hears of each system's result as soon as there is one. The engines' logs are kept in
-    `logs`; they outlive a kill of the benchmark by `lease`.
+    `told` hears of each system's result as soon as there is one, `logs` keeps the engines' logs, and
+    `lease` is how long engines outlive a kill of the benchmark.
     """
 
     engine: str = "vllm-cpu"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22  # of a byte eight are made: it must fit beside everything else
 
 
 def checksum(model: Any) -> str:
@@ -26,8 +26,8 @@ def checksum(model: Any) -> str:
 def _sum(tensor: Any) -> int:
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     places = torch.arange(1, _CHUNK + 1, device=flat.device, dtype=torch.int64) % 65521
-    total = 0
+    total = torch.zeros((), device=flat.device, dtype=torch.int64)
     for number, start in enumerate(range(0, flat.numel(), _CHUNK)):
         part = flat[start : start + _CHUNK]
-        total += (number + 1) * int((part * places[: part.numel()]).sum())
-    return total
+        total += (number + 1) * (part * places[: part.numel()]).sum()
+    return int(total)

@@ -43,9 +43,8 @@ class Control:
     async def start(self) -> None:
         """Set the first limit and lease, and begin to look after both."""
         if limit := os.environ.get("MAESTRO_KV_LIMIT"):
-            kv = await self._core(
-                "maestro_kv"
-            )  # both ends are in whole blocks, or kvcached's pages
+            kv = await self._core("maestro_kv")
+            # It was reckoned before the start; both ends are in whole blocks, or kvcached's pages.
             await self.limit_kv(min(max(int(limit), kv["floor_bytes"]), kv["built_bytes"]))
         if lease := os.environ.get(LEASE_VARIABLE):
             self.renew_lease(float(lease))

@@ -182,7 +182,10 @@ class GpuWeights:
             raise RuntimeError("the weights are not on the device")
         from ._checksum import checksum
 
-        return checksum(self._worker.get_model())
+        try:
+            return checksum(self._worker.get_model())
+        finally:
+            self._backend.trim()
 
     @property
     def takes_kv_along(self) -> bool:

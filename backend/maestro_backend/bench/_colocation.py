@@ -68,7 +68,7 @@ class Scene:
 class Plan:
     """What to run: the scene's runs in each system, `at_once` of them at any time.
 
-    `told` hears of each system's result as soon as there is one, `logs` keeps the engines' logs, and
+    `told` hears of each system's result as soon as there is one; `logs` keeps the engines' logs;
     `lease` is how long engines outlive a kill of the benchmark.
     """
 

@@ -6,6 +6,7 @@ What it looks like is held against the installed vLLM in `test_gpu_contract`.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import logging
 import sys
@@ -97,6 +98,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVllm]:
         monkeypatch.setitem(sys.modules, name, module)
     sys.modules["vllm.device_allocator"].cumem = sys.modules["vllm.device_allocator.cumem"]  # type: ignore[attr-defined]
     runtime = use_runtime(monkeypatch, gpu)
+    monkeypatch.setattr(gc, "freeze", lambda: None)  # this process has more to do
     monkeypatch.delitem(sys.modules, f"{PLUGIN}._cumem", raising=False)
     yield FakeVllm(gpu, sys.modules["vllm.device_allocator.cumem"], runtime, registry, abandoned)
     sys.modules.pop(f"{PLUGIN}._cumem", None)

@@ -21,9 +21,9 @@ from maestro_backend.workers.vllm_plugin._sleep import _WRITERS
 
 SOURCE = os.environ.get("MAESTRO_VLLM_SOURCE")
 _found = importlib.util.find_spec("vllm")
-if not SOURCE and (_found is None or not _found.submodule_search_locations):
+if not SOURCE and (_found is None or _found.origin is None):  # tests/vllm would be a namespace
     pytest.skip("vLLM is not installed (ENGINE=stub make setup)", allow_module_level=True)
-VLLM = Path(SOURCE or _found.submodule_search_locations[0])  # type: ignore[union-attr,index]
+VLLM = Path(SOURCE or Path(_found.origin).parent)  # type: ignore[union-attr,arg-type]
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -19,7 +19,6 @@ from maestro_backend.bench import spread, worker_of
 from maestro_backend.scheduler import Residency
 
 from ._step import Step, answers, checksum, http_of, run, shown, timed, told_by
-from .transfers import pcie_gb_s
 
 _CYCLES = 6
 _GIB = 1024**3
@@ -30,6 +29,8 @@ async def sleep(step: Step) -> None:
     """Small, with random weights; large, which is judged; then medium."""
     limit = 0.0
     if step.on_gpu:
+        from .transfers import pcie_gb_s  # it needs torch, the stub does not
+
         limit = pcie_gb_s(4 * _GIB, on_gpu=True)["to_device"]
         step.figure("limit_gb_s", limit)
     for size in ("small", "large", "medium") if step.on_gpu else ("small",):

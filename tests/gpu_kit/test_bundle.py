@@ -372,3 +372,22 @@ def test_another_torch_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 )
 def test_the_compilers_word_is_told_first(output: str, told: str) -> None:
     assert told in _install.reason(output)
+
+
+@pytest.mark.parametrize(
+    ("failed", "status"),
+    [((), 0), (("kvcached",), 0), (("server",), 1), (("kvcached", "server"), 1)],
+)
+def test_a_kvcached_that_does_not_build_keeps_nothing_else_from_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], failed: tuple[str, ...], status: int
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    manifest = Manifest(Sealed("bundle.tar", 1, "0"), (), (), {}, "3.12", "2.11.0", "abc")
+    checks = [
+        _install.Check(name, _install.FAILED if name in failed else _install.OK, "", 0.0)
+        for name in ("kvcached", "server")
+    ]
+    assert _install.concluded(tmp_path, manifest, checks, "key") == status
+    assert _install.finished(tmp_path, "key") is (status == 0)
+    assert all(name in capsys.readouterr().err for name in failed[:1])

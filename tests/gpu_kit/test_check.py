@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -164,6 +165,41 @@ def test_findings_are_on_the_disk_while_a_step_goes_on(folder: Path) -> None:
         process.kill()
 
 
+def test_ctrl_c_ends_the_step_and_says_where_its_findings_are(folder: Path) -> None:
+    (folder / "endless.py").write_text(ENDLESS)
+    script = (
+        "import sys; from gpu_kit import check; from gpu_kit.steps import StepInfo\n"
+        "check.STEPS = (StepInfo('endless', 60, 1, ('stub',), 'a test'),)\n"
+        f"sys.exit(check.main(['--engine', 'stub', '--into', {str(folder / 'results')!r}]))\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    figures = folder / "results" / "steps" / "endless" / "figures.jsonl"
+    try:
+        until = time.monotonic() + 30
+        while not report.read(figures):
+            assert time.monotonic() < until and run.poll() is None
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=30)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert said.strip() == f"check: interrupted; what was found so far is in {folder / 'results'}"
+    pid = report.read(figures)[0]["value"]
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_folder_that_cannot_be_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert check.main(["--engine", "stub", "--into", str(tmp_path / "file" / "below")]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("check: ") and "file" in line
+
+
 def test_no_step_begins_without_the_time_it_needs(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +214,9 @@ def test_a_later_run_keeps_what_an_earlier_one_has_found(
     checked(monkeypatch, folder, one=FINE)
     _, told = checked(monkeypatch, folder, two=BROKEN)
     assert {name: step["status"] for name, step in told.items()} == {"one": "done", "two": "failed"}
+    results = report.Results(folder / "results" / "results.json", "vllm", {})
+    results.skipped("three", "a test")
+    assert list(load(results.path)["steps"]) == ["three"], "figures of another engine"
 
 
 def test_where_engines_do_not_start_the_other_steps_still_run(

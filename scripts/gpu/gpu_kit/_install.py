@@ -138,17 +138,19 @@ def install(bundle: Path, into: Path, kvcached: bool) -> int:
     checks.append(tried("libraries", lambda: libraries(into)))
     checks.append(tried("server", lambda: outcome(into, SERVER)))
     checks.append(tried("plugin", lambda: outcome(into, PLUGIN)))
-    failed = [c.name for c in checks if c.outcome == FAILED]
-    if failed == ["kvcached"]:  # one step of the check needs it, the others do not
-        record(into, manifest, checks, key)
-        say(f"without kvcached: see {into / RECORD}; to try it again, remove that file")
-        say_next(into)
-        return 0
-    record(into, manifest, checks, "" if failed else key)
+    return concluded(into, manifest, checks, key)
+
+
+def concluded(into: Path, manifest: Manifest, checks: list[Check], key: str) -> int:
+    """Write it down and say what failed; the exit status. One step of the check needs kvcached."""
+    failed = [check.name for check in checks if check.outcome == FAILED]
+    usable = set(failed) <= {"kvcached"}
+    record(into, manifest, checks, key if usable else "")
     if failed:
-        sys.stderr.write(f"install: failed: {', '.join(failed)} (all of it: {into / RECORD})\n")
+        again = f"all of it: {into / RECORD}; remove that file to try again"
+        sys.stderr.write(f"install: failed: {', '.join(failed)} ({again})\n")
     say_next(into)
-    return 1 if failed else 0
+    return 0 if usable else 1
 
 
 def fingerprint(bundle: Path, kvcached: bool) -> str:

@@ -29,6 +29,17 @@ _FIRST, _BAD = "serve", ("failed", "cut off")
 def main(argv: list[str] | None = None) -> int:
     """Run the steps; the exit status is 0 where all that ran holds."""
     options = _parsed(argv)
+    try:
+        return _checked(options)
+    except OSError as error:
+        sys.stderr.write(f"check: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\ncheck: interrupted; what was found so far is in {options.into}\n")
+        return 130
+
+
+def _checked(options: argparse.Namespace) -> int:
     folder = options.into.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

@@ -13,14 +13,16 @@ Line = dict[str, Any]
 
 class Results:
     """The file of all results, whole at any time. `told` maps a step's name to what it found;
-    what an earlier run has found of other steps stays."""
+    what an earlier run of the same engine and installation has found of other steps stays."""
 
     def __init__(self, path: Path, engine: str, installed: dict[str, Any]) -> None:
         self.path = path
         self.told: dict[str, dict[str, Any]] = {}
         self._before: dict[str, dict[str, Any]] = {}
         if path.is_file():
-            self._before = json.loads(path.read_text(encoding="utf-8"))["steps"]
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if (found["engine"], found["installed"]) == (engine, installed):
+                self._before = found["steps"]
         self._head = {
             "installed": installed,
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -126,6 +126,9 @@ async def test_an_agent_killed_while_it_fetches(stub_config: MakeConfig, tmp_pat
         async with leased(config) as node:
             fetch = asyncio.create_task(node.set_residency("a", DISK))
             assert await asyncio.to_thread(reached.wait, 30)
+            while not any(f.stat().st_size for f in tmp_path.rglob("model.safetensors")):
+                assert not fetch.done()
+                await asyncio.sleep(0.01)  # the server has sent its half: until some is written
             kill_agent(node)
             with pytest.raises(BackendError, match="agent is gone"):
                 await fetch

@@ -12,14 +12,16 @@ import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import uvloop
 
 from maestro_agents.protocol import ConfigError, MaestroError
-from maestro_backend import bench
+from maestro_backend import bench, prediction_cli
 from maestro_backend.config import Config
 from maestro_backend.defaults import default_config, default_engine, with_engine
+from maestro_backend.explanation import explanation_lines
 from maestro_backend.gateway import Feed, serving
 from maestro_backend.node import LocalNode
 from maestro_backend.recording import replay
@@ -69,9 +71,21 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--url", help="default: $MAESTRO_BASE_URL or http://127.0.0.1:8000/v1")
     status.set_defaults(run=_status)
 
+    why = commands.add_parser("explain", help="show what was predicted of a run's calls, and why")
+    why.add_argument("--run", dest="run_name", required=True, metavar="ID", help="the run's id")
+    why.add_argument("--url", help="default: $MAESTRO_BASE_URL or http://127.0.0.1:8000/v1")
+    why.add_argument("--json", action="store_true", help="print what the server answers")
+    why.set_defaults(run=_explain)
+
     measure = commands.add_parser("bench", help="measure the node level on real engines")
     bench.add_arguments(measure)
     measure.set_defaults(run=lambda options: bench.run_bench(options, run_until_signal))
+
+    train = commands.add_parser("train", help="train the length model on recorded runs")
+    prediction_cli.add_train(train)
+
+    judge = commands.add_parser("evaluate", help="hold a trained model against recorded runs")
+    prediction_cli.add_evaluate(judge)
 
     again = commands.add_parser("replay", help="check a recording against this version's decisions")
     again.add_argument("file", type=Path)
@@ -144,19 +158,34 @@ def _demo(options: argparse.Namespace) -> int:
     )
 
 
-def _status(options: argparse.Namespace) -> int:
-    url = options.url or os.environ.get("MAESTRO_BASE_URL") or "http://127.0.0.1:8000/v1"
+def _asked(url: str | None, path: str) -> Any:
+    """What a running server answers at `path`."""
+    url = url or os.environ.get("MAESTRO_BASE_URL") or "http://127.0.0.1:8000/v1"
     key = os.environ.get("MAESTRO_API_KEY")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
-        reply = httpx.get(f"{url.rstrip('/')}/maestro/state", headers=headers, timeout=5)
+        reply = httpx.get(f"{url.rstrip('/')}/maestro/{path}", headers=headers, timeout=5)
     except httpx.TransportError as error:
         raise ConfigError(
             f"no server answers at {url} ({error}): is `maestro serve` on?"
         ) from error
     if reply.status_code != 200:
         raise ConfigError(f"{url} answered {reply.status_code}: {reply.text[:200]}")
-    state = reply.json()
+    return reply.json()
+
+
+def _explain(options: argparse.Namespace) -> int:
+    answer = _asked(options.url, f"runs/{quote(options.run_name, safe='')}/explain")
+    if options.json:
+        _out(json.dumps(answer))
+        return 0
+    for line in explanation_lines(answer):
+        _out(line)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    state = _asked(options.url, "state")
     _out(f"{'model':<20} {'state':<10} {'weights on':<10} doing")
     for w in state["workers"]:
         _out(f"{w['model']:<20} {w['state']:<10} {w['residency']:<10} {w['detail'] or '-'}")

@@ -36,7 +36,8 @@ _SIZE_UNITS = {
     **{unit: 1024 ** (power + 1) for power, unit in enumerate(_BINARY)},
     **{unit: 1000 ** (power + 1) for power, unit in enumerate(_DECIMAL)},
 }
-_TIME_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_TIME_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
+_LEAST_STORE = 1024**2
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 
 SOURCE_SCHEMES = ("hub", "package", "random", "https", "http", "file")
@@ -53,7 +54,7 @@ def parse_size(value: object) -> object:
 
 
 def parse_duration(value: object) -> object:
-    """`"20s"`, `"500ms"`, `"2m"`, `"1h"` -> seconds; numbers pass as they are."""
+    """`"20s"`, `"500ms"`, `"2m"`, `"1h"`, `"90d"` -> seconds; numbers pass as they are."""
     if not isinstance(value, str):
         return value
     return _quantity(value, _TIME_UNITS, "a duration such as 20s or 500ms")
@@ -209,6 +210,26 @@ class TenantConfig(_Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
+class PredictorConfig(_Section):
+    """What is kept of finished calls, counts and names only, and whether it is learned from.
+
+    `store_size` in bytes (1 MiB or more) and `store_age` in seconds bound the file of calls; the
+    oldest runs go first. `retrain` needs the store.
+    """
+
+    store: bool = True
+    store_size: Size = 256 * 1024**2
+    store_age: Seconds = 90 * 86_400.0
+    retrain: bool = True
+
+    @field_validator("store_size")
+    @classmethod
+    def _has_room(cls, size: int) -> int:
+        if size < _LEAST_STORE:
+            raise PydanticCustomError("store_size", "give it 1MiB or more, or turn store off")
+        return size
+
+
 class ListenConfig(_Section):
     """Where the gateway listens."""
 
@@ -237,6 +258,7 @@ class Config(_Section):
     slo: dict[str, SloConfig] = _SLO
     tenants: dict[str, TenantConfig] = {"default": TenantConfig()}
     policy: Literal["maestro", "fcfs"] = "maestro"
+    predictor: PredictorConfig = PredictorConfig()
     state_dir: LocalPath = Field(default_factory=default_state_dir)
     listen: ListenConfig = ListenConfig()
 
@@ -271,12 +293,16 @@ class Config(_Section):
         return nodes
 
     def unused(self) -> tuple[str, ...]:
-        """One line for each setting that is given and does nothing yet."""
-        return tuple(
+        """One line for each setting that is given and does nothing."""
+        lines = [
             f"tenants.{name}.weight is not used yet: every tenant is served alike"
             for name, tenant in self.tenants.items()
             if tenant.weight != 1
-        )
+        ]
+        predictor = self.predictor
+        if predictor.retrain and "retrain" in predictor.model_fields_set and not predictor.store:
+            lines.append("predictor.retrain does nothing without predictor.store")
+        return tuple(lines)
 
     @classmethod
     def parse(cls, raw: object, base: Path | None = None) -> Config:

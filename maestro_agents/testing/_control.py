@@ -54,13 +54,15 @@ class Control:
             "requests": len(self._engine.kv.live),
         }
 
-    def _kv(self) -> dict[str, int]:
+    def _kv(self) -> dict[str, Any]:
         kv, block = self._engine.kv, self._block_bytes
         names = ("built", "floor", "limit", "held", "used", "cached", "pinned")
         sizes = {n: getattr(kv, n) for n in names}
         if self._kv_away:
             sizes["held"] = 0
-        return {"block_bytes": block, **{f"{n}_bytes": size * block for n, size in sizes.items()}}
+        groups = [{"block_tokens": self._engine.settings.block_size, "most_blocks": kv.floor}]
+        told = {f"{n}_bytes": size * block for n, size in sizes.items()}
+        return {"block_bytes": block, "groups": groups, **told}
 
     @property
     def _block_bytes(self) -> int:

@@ -84,13 +84,14 @@ def whole(pool: ElasticPool) -> Whole:
 
 @pytest.fixture
 def kv(pool: ElasticPool, whole: Whole, monkeypatch: pytest.MonkeyPatch) -> _kv.KvCache:
-    single = SimpleNamespace(block_size=16)
-    manager = SimpleNamespace(
-        block_pool=pool,
-        max_model_len=(FLOOR - 1) * 16,
-        coordinator=SimpleNamespace(single_type_managers=[single]),
+    spec = SimpleNamespace(
+        page_size_bytes=1024, max_memory_usage_bytes=lambda config: (FLOOR - 1) * 1024
     )
-    blocks = Blocks(SimpleNamespace(kv_cache_manager=manager))
+    single = SimpleNamespace(block_size=16, kv_cache_spec=spec)
+    manager = SimpleNamespace(
+        block_pool=pool, coordinator=SimpleNamespace(single_type_managers=[single])
+    )
+    blocks = Blocks(SimpleNamespace(kv_cache_manager=manager, vllm_config=None))
     monkeypatch.setattr(_kv, "kv_of", lambda core, **_: whole)
     return _kv.KvCache(SimpleNamespace(), blocks, 139 * 1024**3, "whole")
 
@@ -108,6 +109,7 @@ def test_sizes_are_in_kvcacheds_blocks(kv: _kv.KvCache, pool: ElasticPool) -> No
     assert kv.state() == {
         "resident_bytes": 7 * BLOCK,
         "elastic": True,
+        "groups": [{"block_tokens": 16, "most_blocks": FLOOR - 1}],
         "block_bytes": BLOCK,
         "built_bytes": BUILT * BLOCK,
         "floor_bytes": FLOOR * BLOCK,

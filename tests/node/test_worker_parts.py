@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from maestro_backend.workers import (
     choose_engine,
     telling_line,
 )
+from maestro_backend.workers.vllm_plugin import _core
 
 SMOL = {
     "num_hidden_layers": 30,
@@ -135,18 +137,38 @@ def test_local_models_are_served_offline() -> None:
 
 def test_sizes_follow_geometry_and_dtype() -> None:
     checkpoint = Checkpoint("/models/m", True, 269_000_000, SMOL)
-    assert checkpoint.kv_bytes_per_token("bfloat16") == 2 * 30 * 3 * 64 * 2
-    assert checkpoint.kv_bytes_per_token("float32") == 2 * 30 * 3 * 64 * 4
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        geometry = ENGINES["vllm"].kv_geometry(ServedModel("m", settings(dtype=dtype), checkpoint))
+        assert geometry is not None
+        assert geometry.token_bytes == 2 * 30 * 3 * 64 * size
     assert checkpoint.weights_bytes("bfloat16") == 269_000_000
     assert checkpoint.weights_bytes("float32") == 538_000_000
 
 
 def test_tensor_parallel_halves_what_each_device_holds() -> None:
-    checkpoint = Checkpoint("/models/m", True, 1000, SMOL)
+    shape = {**SMOL, "num_attention_heads": 18, "num_key_value_heads": 6, "head_dim": 64}
+    checkpoint = Checkpoint("/models/m", True, 1000, shape)
     model = ServedModel("m", settings(tensor_parallel=2, dtype="bfloat16"), checkpoint)
     memory = ENGINES["vllm"].memory(model)
     assert memory.weights_bytes == 500
-    assert ENGINES["vllm"].kv_bytes_per_token(model) == 30 * 3 * 64 * 2
+    geometry = ENGINES["vllm"].kv_geometry(model)
+    assert geometry is not None
+    assert geometry.token_bytes == 2 * 30 * 3 * 64 * 2
+
+
+def test_blocks_that_a_window_has_left_behind_are_not_counted() -> None:
+    """The engine's tables keep their length: the null block stands in."""
+    tables = ([5, 6, 7, 8], [0, 0, 9, 10])
+    pool = SimpleNamespace(null_block=SimpleNamespace(block_id=0))
+    manager = SimpleNamespace(block_pool=pool, get_block_ids=lambda request: tables)
+    request = SimpleNamespace(
+        request_id="chatcmpl-a-12345678",
+        num_computed_tokens=64,
+        num_output_tokens=3,
+        status=SimpleNamespace(name="RUNNING"),
+    )
+    told = _core._progress(SimpleNamespace(kv_cache_manager=manager), request, 100)
+    assert (told["call"], told["kv_bytes"]) == ("a", 600)
 
 
 def test_tensor_parallel_waits_for_its_step() -> None:
@@ -160,7 +182,9 @@ def test_sizes_of_unusual_geometry_are_unknown() -> None:
     """Some models write one number per layer: a worker of theirs reports what is known."""
     for per_layer in ("num_attention_heads", "num_key_value_heads"):
         checkpoint = Checkpoint("/models/m", True, 1000, {**SMOL, per_layer: [8, 16]})
-        assert checkpoint.kv_bytes_per_token("bfloat16") == 0
+        model = ServedModel("m", settings(), checkpoint)
+        assert ENGINES["vllm"].kv_geometry(model) is None
+        assert ENGINES["vllm"].kv_floor_bytes(model) == 0
     assert Checkpoint("/models/m").max_model_len is None
 
 

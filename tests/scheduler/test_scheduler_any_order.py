@@ -27,6 +27,8 @@ from maestro_backend.scheduler import (
     ForecastCall,
     ForecastChanged,
     KeepPrefix,
+    KvGeometry,
+    KvGroup,
     Length,
     NodeInfo,
     NodeJoined,
@@ -60,7 +62,16 @@ ON_THE_WAY = {
 }
 
 
-def stopped(model: str, tiers: tuple[Residency, ...], elastic: bool) -> WorkerInfo:
+GEOMETRIES = (
+    None,
+    KvGeometry(64, (KvGroup(64, FLOOR // 64),)),
+    KvGeometry(48, (KvGroup(16, 10), KvGroup(16, 3), KvGroup(1000, 1))),
+)
+
+
+def stopped(
+    model: str, tiers: tuple[Residency, ...], elastic: bool, geometry: KvGeometry | None
+) -> WorkerInfo:
     return WorkerInfo(
         f"n/{model}",
         "n",
@@ -72,6 +83,7 @@ def stopped(model: str, tiers: tuple[Residency, ...], elastic: bool) -> WorkerIn
         kv_limit_bytes=MOST,
         kv_floor_bytes=FLOOR,
         kv_max_bytes=MOST,
+        kv_geometry=geometry,
         elastic=elastic,
         residual_bytes=RESIDUAL,
         host_copy_bytes=WEIGHTS,
@@ -89,6 +101,7 @@ class AnyOrder(RuleBasedStateMachine):
         host=st.sampled_from((0, WEIGHTS, 2 * WEIGHTS)),
         tiers=st.tuples(*[st.sampled_from(TIERS)] * len(MODELS)),
         elastic=st.tuples(*[st.booleans()] * len(MODELS)),
+        geometries=st.tuples(*[st.sampled_from(GEOMETRIES)] * len(MODELS)),
     )
     def begin(
         self,
@@ -97,6 +110,7 @@ class AnyOrder(RuleBasedStateMachine):
         host: int,
         tiers: tuple[tuple[Residency, ...], ...],
         elastic: tuple[bool, ...],
+        geometries: tuple[KvGeometry | None, ...],
     ) -> None:
         self.core = Scheduler(policy(name))
         self.now = 0.0
@@ -111,7 +125,8 @@ class AnyOrder(RuleBasedStateMachine):
         """The try that each Preempt is about."""
         self.sizes = {"devices": (DeviceInfo("cpu", fitting),), "host_capacity_bytes": host}
         self.infos = {
-            f"n/{m}": stopped(m, t, e) for m, t, e in zip(MODELS, tiers, elastic, strict=True)
+            f"n/{m}": stopped(m, *parts)
+            for m, *parts in zip(MODELS, tiers, elastic, geometries, strict=True)
         }
         self.alive = True
         self.feed(NodeJoined(self.node(), preload=MODELS))

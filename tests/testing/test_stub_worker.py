@@ -38,7 +38,9 @@ class Stub:
     def kv(self) -> dict[str, int]:
         """In blocks."""
         sizes = self.worker()["kv"].items()
-        return {name.removesuffix("_bytes"): size // BLOCK for name, size in sizes}
+        return {
+            name.removesuffix("_bytes"): size // BLOCK for name, size in sizes if name != "groups"
+        }
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(f"/maestro/{path}", json=body)

@@ -40,12 +40,13 @@ class Machine(RuleBasedStateMachine):
 
         single = FullAttentionManager.__new__(FullAttentionManager)
         single.block_size = BLOCK
+        longest = (FLOOR - 1) * 1024
+        spec: Any = SimpleNamespace(page_size_bytes=1024, max_memory_usage_bytes=lambda _: longest)
+        single.kv_cache_spec = spec
         manager = SimpleNamespace(
-            block_pool=self.pool,
-            max_model_len=(FLOOR - 1) * BLOCK,
-            coordinator=SimpleNamespace(single_type_managers=[single]),
+            block_pool=self.pool, coordinator=SimpleNamespace(single_type_managers=[single])
         )
-        self.blocks = Blocks(SimpleNamespace(kv_cache_manager=manager))
+        self.blocks = Blocks(SimpleNamespace(kv_cache_manager=manager, vllm_config=None))
         self.live: dict[str, list[Any]] = {}
         self.ended: list[str] = []
         self.calls = 0

@@ -20,6 +20,8 @@ from node.nodes import worker_of
 
 from maestro_backend.config import Config
 from maestro_backend.node import LocalNode
+from maestro_backend.workers import ENGINES, ServedModel, cache_dir, fetch
+from maestro_backend.workers._probe import Probe
 
 pytestmark = pytest.mark.vllm
 
@@ -195,6 +197,34 @@ tensors[last] = tensors[last][:1].repeat(3, *[1] * (tensors[last].dim() - 1))
 save_file(tensors, sys.argv[1], metadata={"format": "pt"})
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(weights)], check=True)
+
+
+async def test_kv_blocks_are_those_of_the_checkpoint(
+    vllm_node: LocalNode, vllm_config: Config
+) -> None:
+    """Bytes that were built, blocks of the engine's own count, blocks of a call at any moment."""
+    worker = await worker_of(vllm_node, "smollm2")
+    settings = vllm_config.models["smollm2"]
+    checkpoint = await fetch(settings.source, cache=cache_dir())
+    model = ServedModel("smollm2", settings, checkpoint)
+    async with Probe(Path(worker.address)) as probe:
+        blocks, block_tokens = await probe.kv_blocks()
+    ours = ENGINES["vllm-cpu"].kv_geometry(model, block_tokens)
+    assert ours is not None and ours == worker.kv_geometry
+    assert ours.block_bytes == block_tokens * 2 * 30 * 3 * 64 * 4
+    async with engine(vllm_node, "smollm2") as http:
+        kv = (await state(http))["kv"]
+        assert kv["block_bytes"] == ours.block_bytes
+        assert kv["built_bytes"] == blocks * ours.block_bytes
+        assert kv["floor_bytes"] == ENGINES["vllm-cpu"].kv_floor_bytes(model)
+        call = asyncio.create_task(ask(http, LONG, 140, "counted"))
+        seen: dict[int, int] = {}
+        while not call.done():
+            live = (await http.get("/maestro/progress")).json()["requests"]
+            seen |= {c["computed_tokens"]: c["kv_bytes"] for c in live if c["computed_tokens"]}
+        await call
+    assert seen == {tokens: ours.bytes_of(tokens) for tokens in seen}
+    assert len(set(seen.values())) > 1, "it grew by a block at least"
 
 
 async def test_kv_memory_follows_the_limit(vllm_node: LocalNode) -> None:

@@ -13,7 +13,7 @@ from maestro_agents.protocol import (
     StageStarted,
 )
 from maestro_backend import scheduler as core
-from maestro_backend.predictor import CallShape, Predictor
+from maestro_backend.predictor import CallOutcome, CallShape, Predictor
 from maestro_backend.workflows import WorkflowBook
 
 
@@ -93,8 +93,14 @@ class JournalBook(WorkflowBook):
             self._believe(identity.run, now)
         return told
 
-    def call_ended(self, identity: CallIdentity, now: float) -> list[core.Event]:
-        told = super().call_ended(identity, now)
+    def call_ended(
+        self,
+        identity: CallIdentity,
+        now: float,
+        outcome: CallOutcome | None = None,
+        role: str = "",
+    ) -> list[core.Event]:
+        told = super().call_ended(identity, now, outcome, role)
         if identity.run is not None and identity.run in self.runs:
             self._believe(identity.run, now)
         return told

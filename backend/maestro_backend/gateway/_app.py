@@ -60,6 +60,7 @@ def build_app(shell: Shell, api_key: str | None = None) -> ASGIApp:
             Route("/metrics", metrics),
             Route("/v1/maestro/workflows/{id:path}", control.put_workflow, methods=["PUT"]),
             Route("/v1/maestro/runs/{run:path}/events", control.post_events, methods=["POST"]),
+            Route("/v1/maestro/runs/{run:path}/explain", control.explain_run),
             Route("/v1/maestro/runs/{run:path}", control.get_run),
             Route("/v1/maestro/state", control.get_state),
         ],

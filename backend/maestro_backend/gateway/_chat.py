@@ -6,8 +6,8 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -18,19 +18,21 @@ from maestro_agents.protocol import (
     HEADER_QUEUE_MS,
     HEADER_WORKER,
     HEADER_WORKFLOW,
+    CallIdentity,
 )
-from maestro_backend.predictor import CallOutcome, CallShape, Prediction
+from maestro_backend.predictor import CallOutcome, CallShape, LiveCall, Prediction
 from maestro_backend.scheduler import (
     CallArrived,
     CallCancelled,
     CallFailed,
     CallFinished,
-    CallProgress,
 )
 
 from ._attempt import Preempted
 from ._errors import ApiError
+from ._foretelling import Foretold
 from ._models import ModelTable
+from ._prompt import output_format, tool_choice
 from ._records import CallRecord, CallStatus
 from ._reply import ClientGone, Reply, read_body, until_disconnected
 from ._request import ChatRequest, parse_chat
@@ -54,8 +56,8 @@ class _Call:
     """
 
     request: ChatRequest
-    shape: CallShape
-    prediction: Prediction
+    live: LiveCall
+    prompt_tokens: int
     record: CallRecord
     reply: Reply
     usage: Usage | None = None
@@ -119,9 +121,9 @@ class ChatCompletions:
     def _arrive(self, request: ChatRequest, model: str, reply: Reply) -> _Call:
         """Steps 3 and 4: predict, learn where the run stands, enter the global order."""
         shell, identity = self._shell, request.identity
-        shape = _shape(request, model)
-        prediction = shell.predictor.predict(shape)
         name = f"call-{uuid.uuid4().hex[:16]}"
+        live = shell.predictor.arrive(identity.run, _shape(request, model), shell.now())
+        shape, prediction = live.shape, shell.predictor.quick(live)
         events, lead_s = shell.book.call_arrived(
             identity, request.annotation.announcement, shape, request.annotation.slo, shell.now()
         )
@@ -152,11 +154,26 @@ class ChatCompletions:
             prompt_tokens=prediction.prompt_tokens,
             waits_for=shell.book.waits_for(identity),
         )
-        reply.headers[HEADER_PREDICTED_TOKENS] = str(round(prediction.length.p50))
         if identity.workflow and identity.workflow not in shell.book.workflows:
             reply.headers[HEADER_WORKFLOW] = "unknown"
-        shell.arrive(record, arrival)
-        return _Call(request, shape, prediction, record, reply)
+        told = self._telling(identity, record, reply)
+        record.predicted_tokens = prediction.length.p50
+        reply.headers[HEADER_PREDICTED_TOKENS] = str(round(prediction.length.p50))
+        shell.arrive(record, arrival, Foretold(name, live, prediction, told))
+        return _Call(request, live, prediction.prompt_tokens, record, reply)
+
+    def _telling(
+        self, identity: CallIdentity, record: CallRecord, reply: Reply
+    ) -> Callable[[Prediction], None]:
+        """Writes a better prediction where the client, the run and its view find it."""
+
+        def told(prediction: Prediction) -> None:
+            record.predicted_tokens = prediction.length.p50
+            reply.headers[HEADER_PREDICTED_TOKENS] = str(round(prediction.length.p50))
+            events = self._shell.book.call_predicted(identity, record.role, prediction)
+            self._shell.handle(*events)
+
+        return told
 
     async def _attempts(self, call: _Call) -> None:
         """Dispatch as often as the scheduler allows, until a first byte has reached the client."""
@@ -179,7 +196,7 @@ class ChatCompletions:
 
     async def _forward(self, call: _Call, place: Placement) -> None:
         """Step 7: to the worker and back."""
-        body = call.request.upstream_body(call.shape.model, place.priority)
+        body = call.request.upstream_body(call.live.shape.model, place.priority)
         headers = {"x-request-id": call.record.call, **call.request.trace}
         async with self._upstream.post(place.address, _PATH, body, headers) as response:
             if call.request.stream and response.status_code == 200:
@@ -210,7 +227,8 @@ class ChatCompletions:
             record.output_tokens = max(0, reader.events - 1)
             if reader.done:
                 call.failure = reader.error
-                call.usage = reader.usage or Usage(0, record.output_tokens)
+                usage = reader.usage or Usage(0, record.output_tokens)
+                call.usage = replace(usage, finish=reader.finish)
             await reply.body(data, more=not reader.done)
             if reader.events >= reported:
                 reported = reader.events + _PROGRESS_EVERY
@@ -220,8 +238,7 @@ class ChatCompletions:
 
     def _progress(self, call: _Call, tokens: int) -> None:
         """Report what the next `_PROGRESS_EVERY` tokens will need, before they need it."""
-        prompt = call.prediction.prompt_tokens
-        self._shell.handle(CallProgress(call.record.call, prompt, tokens))
+        self._shell.progress(call.record.call, call.prompt_tokens, tokens)
 
     def _settle(self, call: _Call, *, cancelled: bool = False) -> None:
         """Step 8. What the engine has said counts for more than how the connection ended."""
@@ -234,29 +251,37 @@ class ChatCompletions:
             self._end(call, CallStatus.CANCELLED, CallCancelled(record.call))
         else:
             usage = call.usage or Usage()
-            self._learn(call, usage)
+            outcome = self._outcome(call, usage)
+            self._shell.learn(record, call.live, outcome)
             counts = (usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
-            self._end(call, CallStatus.DONE, CallFinished(record.call, *counts))
+            self._end(call, CallStatus.DONE, CallFinished(record.call, *counts), outcome)
 
-    def _learn(self, call: _Call, usage: Usage) -> None:
+    def _outcome(self, call: _Call, usage: Usage) -> CallOutcome:
         record = call.record
         record.prompt_tokens, record.output_tokens = usage.prompt_tokens, usage.output_tokens
         record.cached_tokens = usage.cached_tokens
         sent = record.dispatched or record.arrived
-        outcome = CallOutcome(
+        return CallOutcome(
             prompt_tokens=usage.prompt_tokens,
             output_tokens=usage.output_tokens,
             cached_tokens=usage.cached_tokens,
             first_s=None if record.first_token is None else record.first_token - sent,
             total_s=self._shell.now() - sent,
+            finish=usage.finish,
         )
-        self._shell.predictor.learn(call.shape, outcome)
 
     def _end(
-        self, call: _Call, status: CallStatus, event: CallFinished | CallFailed | CallCancelled
+        self,
+        call: _Call,
+        status: CallStatus,
+        event: CallFinished | CallFailed | CallCancelled,
+        outcome: CallOutcome | None = None,
     ) -> None:
+        if status is not CallStatus.DONE:
+            self._shell.predictor.drop(call.live)
         self._shell.end(call.record, status, event)
-        self._shell.handle(*self._shell.book.call_ended(call.request.identity, self._shell.now()))
+        identity, role = call.request.identity, call.live.shape.role
+        self._shell.handle(*self._shell.book.call_ended(identity, self._shell.now(), outcome, role))
 
 
 def _shape(request: ChatRequest, model: str) -> CallShape:
@@ -268,6 +293,13 @@ def _shape(request: ChatRequest, model: str) -> CallShape:
         prompt_bytes=request.prompt_bytes,
         max_tokens=request.max_tokens,
         n=request.choices,
+        messages=request.counts.messages,
+        prompt_chars=request.counts.chars,
+        prompt_lines=request.counts.lines,
+        code_chars=request.counts.code_chars,
+        tools=len(request.body.get("tools") or ()),
+        tool_choice=tool_choice(request.body),
+        output_format=output_format(request.body),
     )
 
 

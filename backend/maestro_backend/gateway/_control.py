@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict
@@ -54,6 +55,30 @@ class Control:
         if run is None:
             raise ApiError(404, f"no run {name!r} is known here", code="run_not_found")
         return JSONResponse(run_view(run, self._shell.records.of_run(name)))
+
+    async def explain_run(self, request: Request) -> Response:
+        """`GET /v1/maestro/runs/{run}/explain`: what was predicted of each call, and why."""
+        name = request.path_params["run"]
+        calls = [
+            {
+                "call": record.call,
+                "stage": record.stage,
+                "role": record.role,
+                "model": record.model,
+                "status": record.status.value,
+                "output_tokens": record.output_tokens,
+                "predicted_tokens": record.predicted_tokens,
+                **(self._shell.learning.explanation(record.call) or {}),
+            }
+            for record in self._shell.records.of_run(name)
+        ]
+        run = self._shell.book.runs.get(name)
+        if not calls:
+            calls = await asyncio.to_thread(self._shell.learning.recalled, name)
+        if run is None and not calls:
+            raise ApiError(404, f"no run {name!r} is known here", code="run_not_found")
+        forecast = [asdict(call) for call in run.forecast] if run else []
+        return JSONResponse({"run": name, "calls": calls, "forecast": forecast})
 
     async def get_state(self, request: Request) -> Response:
         """`GET /v1/maestro/state`, or its changes as server-sent events if the client asks."""

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from maestro_backend.scheduler import CallProgress
-
 if TYPE_CHECKING:
     from ._shell import Shell
 
@@ -92,7 +90,7 @@ class ProgressPoll:
             if tokens > self._told.get(key, 0):
                 self._told[key] = tokens
                 prompt = max(0, request.computed_tokens - request.generated_tokens)
-                self._shell.handle(CallProgress(request.call, prompt, tokens - prompt))
+                self._shell.progress(request.call, prompt, tokens - prompt)
 
 
 def _client(address: str) -> httpx.AsyncClient:

@@ -100,6 +100,7 @@ def run_view(run: Run, calls: list[CallRecord]) -> dict[str, Any]:
         "failed": run.failed,
         "calls": [asdict(call) for call in calls],
         "forecast": [asdict(call) for call in run.forecast],
+        "rest": asdict(run.rest) if run.rest is not None else None,
         "announced_never_made": run.announced_never_made,
         "lead_time_s": lead_time_summary(run),
         "makespan_s": max(ends) - run.started if ends else None,

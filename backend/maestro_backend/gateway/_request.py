@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from maestro_agents.protocol import BODY_KEY, MAX_ANNOTATION_BYTES, Annotation, CallIdentity
 
 from ._errors import invalid
+from ._prompt import PromptCounts
 
 _TRACE = ("traceparent", "tracestate")
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -25,6 +26,7 @@ class ChatRequest:
     identity: CallIdentity
     annotation: Annotation
     prompt_bytes: int
+    counts: PromptCounts
     trace: dict[str, str]
     """W3C trace headers, passed on to the engine."""
     bad_hints: tuple[str, ...] = ()
@@ -80,8 +82,9 @@ def parse_chat(raw: bytes, headers: Mapping[str, str]) -> ChatRequest:
     identity, bad_headers = CallIdentity.from_headers(headers)
     annotation, bad_keys = _annotation(body.get(BODY_KEY))
     trace = {n: v for n in _TRACE if (v := headers.get(n)) is not None and v.isascii()}
-    prompt_bytes = _prompt_bytes(body)
-    return ChatRequest(body, identity, annotation, prompt_bytes, trace, (*bad_headers, *bad_keys))
+    prompt_bytes, counts = _prompt_bytes(body), PromptCounts.of(body["messages"])
+    bad_hints = (*bad_headers, *bad_keys)
+    return ChatRequest(body, identity, annotation, prompt_bytes, counts, trace, bad_hints)
 
 
 def _prompt_bytes(body: dict[str, Any]) -> int:

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maestro_agents.protocol import RunEvent
+from maestro_agents.protocol import RunEnded, RunEvent
 from maestro_backend import scheduler as core
 from maestro_backend.config import Config
 from maestro_backend.node import NodeHandle
-from maestro_backend.predictor import Predictor
+from maestro_backend.predictor import CallOutcome, LiveCall, Predictor
 from maestro_backend.recording import Recorder
 from maestro_backend.scheduler.policies import policy
 from maestro_backend.workflows import WorkflowBook
@@ -23,6 +23,8 @@ from maestro_backend.workflows import WorkflowBook
 from ._attempt import Attempt, Preempted
 from ._errors import rejected
 from ._feed import Feed
+from ._foretelling import Foretelling, Foretold
+from ._learning import Learning
 from ._metrics import Metrics
 from ._node_link import NodeLink
 from ._progress import ProgressPoll
@@ -59,6 +61,8 @@ class Shell:
         bounds = replace(settings or core.Settings(), pinned=pinned)
         self.scheduler = core.Scheduler(policy(config.policy), bounds)
         self.predictor = Predictor()
+        self.learning = Learning(config, self.predictor)
+        self._foretelling = Foretelling(self.predictor, self.handle)
         deadlines = {name: slo.deadline for name, slo in config.slo.items()}
         self.book = WorkflowBook(self.predictor, deadlines)
         self.records = Records()
@@ -83,7 +87,8 @@ class Shell:
         self._spawn(self._progress.run())
         self._spawn(self._tick())
         try:
-            yield self
+            async with self.learning.running():
+                yield self
         finally:
             self.feed.close()
             tasks = list(self._tasks)
@@ -112,14 +117,26 @@ class Shell:
         """Run events as posted by a client."""
         for event in events:
             self.handle(*self.book.run_event(run, event, self.now()))
+            if isinstance(event, RunEnded):
+                self.predictor.end_run(run)
         self.feed.publish({"type": "run", "run": run})
 
-    def arrive(self, record: CallRecord, event: core.CallArrived) -> None:
+    def arrive(self, record: CallRecord, event: core.CallArrived, foretold: Foretold) -> None:
         """A call enters. Follow with `place`."""
         self.records.add(record)
         self._places[record.call] = asyncio.get_running_loop().create_future()
         self.publish(record)
         self.handle(event)
+        self._foretelling.enter(foretold)
+
+    def progress(self, call: str, prompt_tokens: int, generated_tokens: int) -> None:
+        """So many tokens of a running call are there, or soon will be."""
+        self.handle(core.CallProgress(call, prompt_tokens, generated_tokens))
+        self._foretelling.progress(call, generated_tokens)
+
+    def learn(self, record: CallRecord, live: LiveCall, outcome: CallOutcome) -> None:
+        """A call has ended well."""
+        self.learning.ended(record.call, live, outcome, self.now())
 
     async def place(self, record: CallRecord) -> Placement:
         """Wait until the scheduler dispatches the call.
@@ -165,6 +182,7 @@ class Shell:
     def end(self, record: CallRecord, status: CallStatus, event: core.Event) -> None:
         """The call is over; `event` tells the scheduler how."""
         record.status, record.ended = status, self.now()
+        self._foretelling.leave(record.call)
         place = self._places.pop(record.call, None)
         if place is not None and not place.cancel() and not place.cancelled():
             place.exception()  # seen: nobody waits for it any more
@@ -215,6 +233,7 @@ class Shell:
         while True:
             await asyncio.sleep(_TICK_S)
             self.handle(core.Tick())
+            self.predictor.sweep(self.now())
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

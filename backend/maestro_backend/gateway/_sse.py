@@ -5,31 +5,41 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 _EVENT_END = re.compile(rb"(\r?\n\r?\n)")
+_FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w{1,32})"')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts as the engine reports them."""
+    """Token counts as the engine reports them, and the first choice's finish reason."""
 
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    finish: str = ""
 
     @classmethod
     def of(cls, body: object) -> Usage | None:
         """From the `usage` object of a reply; None if there is none."""
-        usage = body.get("usage") if isinstance(body, dict) else None
-        if not isinstance(usage, dict):
+        if not isinstance(body, dict) or not isinstance(usage := body.get("usage"), dict):
             return None
         details = usage.get("prompt_tokens_details") or {}
         return cls(
             usage.get("prompt_tokens") or 0,
             usage.get("completion_tokens") or 0,
             details.get("cached_tokens") or 0,
+            _finish(body),
         )
+
+
+def _finish(body: dict[str, Any]) -> str:
+    choices = body.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    reason = first.get("finish_reason") if isinstance(first, dict) else None
+    return reason[:32] if isinstance(reason, str) else ""
 
 
 class StreamReader:
@@ -41,6 +51,7 @@ class StreamReader:
 
     def __init__(self, *, forward_usage: bool) -> None:
         self.usage: Usage | None = None
+        self.finish = ""
         self.events = 0
         self.done = False
         self.error: str | None = None
@@ -65,4 +76,6 @@ class StreamReader:
             self.error = event.removeprefix(b"data: ").decode(errors="replace")[:500]
         else:
             self.events += 1
+            if not self.finish and (found := _FINISH.search(event)):
+                self.finish = found[1].decode()
         return True

@@ -1,43 +1,42 @@
-"""The predictor: what a call will take, from role medians and learned rates."""
+"""The predictor: what a call will take, from a trained model, tables, and learned rates."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import nan
+
+import numpy as np
 
 from maestro_backend.scheduler import Length
 
-from ._lengths import RoleMedians
+from ._call import UNKNOWN, CallOutcome, CallShape, Example, RunExamples
+from ._estimator import Estimate, Estimator
+from ._history import History
+from ._matrix import learn_run
+from ._model import Model
 from ._rates import Rates
+from ._recent import Recent
+from ._replay import Pasts, remaining
+from ._tables import Keys, Tables, keys_of
 
+_log = logging.getLogger("maestro.predictor")
 
-@dataclass(frozen=True, slots=True)
-class CallShape:
-    """What is known of a call before it runs.
+TABLES = ""
+"""The version of a prediction that no model made."""
 
-    `prompt_bytes` counts the messages as JSON; `n` (1 or more) is the choices that were asked for.
-    """
+LIVE = "live"
+"""The source of calls that were served here."""
 
-    model: str
-    workflow: str = ""
-    stage: str = ""
-    role: str = ""
-    prompt_bytes: int = 0
-    max_tokens: int | None = None
-    n: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class CallOutcome:
-    """What a call took. `output_tokens` is the sum over all choices.
-
-    Seconds; `first_s` is None when the reply was not streamed.
-    """
-
-    prompt_tokens: int
-    output_tokens: int
-    cached_tokens: int = 0
-    first_s: float | None = None
-    total_s: float = 0.0
+_MAX_RUNS = 10_000
+_MAX_STAGES = 10_000
+_MAX_CALLS = 2_000
+"""After so many finished calls a run counts as a new one (ours)."""
+_SILENT_S = 600.0
+"""A run without a call for so long is over (ours)."""
+_NEWEST = 0.2
+"""Share of the newest sample in the bytes of a token (ours)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,39 +44,248 @@ class Prediction:
     """Tokens and seconds. `length` is that of one choice.
 
     `kv_tokens` = prompt + 90th percentile of the output, for each choice: they share the prompt.
+    `rest` is what the run will still produce on its critical path, this call included: median and
+    90th percentile in tokens, None where no model says. `version` names the model, "" the tables.
     """
 
     prompt_tokens: int
     length: Length
     kv_tokens: int
     service_s: float
+    rest: tuple[float, float] | None = None
+    version: str = TABLES
+
+
+@dataclass(slots=True)
+class LiveCall:
+    """A call between its arrival and its end, with what is needed to predict and to learn."""
+
+    shape: CallShape
+    keys: Keys
+    history: History
+    run: _Run | None = None
+    parents: tuple[int, ...] = ()
+    started_s: float = nan
+    estimate: Estimate | None = None
+    version: str = TABLES
+
+
+@dataclass(slots=True)
+class _Run:
+    """A run as far as predictions need it. `frontier`: calls that have ended and that no other
+    ended call waited for; a new call waited for all of them. `over`: it gets no more calls;
+    `closed`: it has been learned from. Times are the gateway's seconds."""
+
+    name: str
+    began: float
+    pasts: Pasts = field(default_factory=Pasts)
+    frontier: set[int] = field(default_factory=set)
+    live: int = 0
+    last_end: float = nan
+    over: bool = False
+    closed: bool = False
+    estimates: dict[int, tuple[Keys, Estimate]] = field(default_factory=dict)
 
 
 class Predictor:
-    """Predicts calls, learns from how they ended. Counts only, never text."""
+    """Predicts calls, learns from how they ended. Counts only, never text.
 
-    def __init__(self) -> None:
-        self._lengths = RoleMedians()
+    A prediction is made in two steps: `quick` reads plain tables, at once; `foretell` asks the
+    model, for many calls together. Without a model, or if it fails, the tables hold.
+    """
+
+    def __init__(self, model: Model | None = None, version: str = TABLES) -> None:
+        self.version = TABLES
         self._rates: dict[str, Rates] = {}
+        self._sizes: Recent[tuple[str, str, str], float] = Recent(_MAX_STAGES)
+        self._runs: Recent[str, _Run] = Recent(_MAX_RUNS)
+        self.estimator: Estimator | None = None
+        self.tables = Tables()
+        self._failed = False
+        if model is not None:
+            self.use(Estimator(model), version)
+
+    def use(self, estimator: Estimator | None, version: str) -> None:
+        """From now on predict with this model and its tables; None: by the tables as they are."""
+        self.estimator, self.version, self._failed = estimator, version, False
+        if estimator is not None:
+            self.tables = estimator.tables
+
+    # --- before a call --------------------------------------------------------------------------
 
     def predict(self, shape: CallShape) -> Prediction:
-        rates = self._rates.get(shape.model) or Rates()
-        length = self._lengths.predict(shape.workflow, shape.stage, shape.role, shape.max_tokens)
-        prompt_tokens = rates.prompt_tokens(shape.prompt_bytes)
+        """By plain tables, of a call that is in no run yet."""
+        return self._prediction(shape, self.tables.length(keys_of(shape, 0, 0)))
+
+    def arrive(self, run: str | None, shape: CallShape, now: float) -> LiveCall:
+        """A call has arrived; follow with `finish` or `drop`."""
+        if run is None:
+            history = History()
+            return LiveCall(self._sized(shape), keys_of(shape, 0, 0), history)
+        known = self._runs.use(run, lambda: _Run(run, now))
+        if known.over or len(known.pasts.calls) >= _MAX_CALLS:
+            self._close(known)
+            known = self._runs[run] = _Run(run, now)
+        known.live += 1
+        parents = tuple(sorted(known.frontier))
+        history = known.pasts.before(parents)
+        shape = replace(self._sized(shape), gap_s=max(0.0, now - known.last_end))
+        keys = keys_of(shape, history.count_of(shape), history.all.count)
+        return LiveCall(shape, keys, history, known, parents, now - known.began)
+
+    def quick(self, call: LiveCall) -> Prediction:
+        """By plain tables: some microseconds."""
+        return self._prediction(call.shape, self.tables.length(call.keys))
+
+    def foretell(self, calls: Sequence[LiveCall]) -> list[Prediction]:
+        """By the model, all calls at once; by the tables if there is none or it fails."""
+        estimator = self.estimator
+        if estimator is None or self._failed or not calls:
+            return [self.quick(call) for call in calls]
+        try:
+            rows = [estimator.row(call.shape, call.keys, call.history) for call in calls]
+            keys = [call.keys for call in calls]
+            found = estimator.estimates(np.array(rows, np.float32), keys)
+        except Exception:  # a broken model must cost its predictions, not the calls
+            _log.exception("model %s fails: from now on plain tables predict", self.version)
+            self._failed = True
+            return [self.quick(call) for call in calls]
+        for call, estimate in zip(calls, found, strict=True):
+            call.estimate, call.version = estimate, self.version
+        return [self._estimated(call, e) for call, e in zip(calls, found, strict=True)]
+
+    def service_s(self, model: str, prompt_tokens: int, output_tokens: float) -> float:
+        """Predicted seconds in the engine, alone."""
+        return (self._rates.get(model) or Rates()).service_s(prompt_tokens, output_tokens)
+
+    def _estimated(self, call: LiveCall, estimate: Estimate) -> Prediction:
+        length = Length(estimate.p50, estimate.p90, estimate.p95, estimate.p99)
+        prediction = self._prediction(call.shape, length)
+        return replace(
+            prediction, rest=(estimate.rest_p50, estimate.rest_p90), version=self.version
+        )
+
+    def _prediction(self, shape: CallShape, length: Length) -> Prediction:
+        length = clipped(length, shape.max_tokens)
+        prompt_tokens = self._sized(shape).prompt_tokens
         return Prediction(
             prompt_tokens=prompt_tokens,
             length=length,
             kv_tokens=prompt_tokens + int(shape.n * length.p90),
-            service_s=rates.service_s(prompt_tokens, length.p50),
+            service_s=self.service_s(shape.model, prompt_tokens, length.p50),
         )
 
+    def _sized(self, shape: CallShape) -> CallShape:
+        """With prompt tokens: by the bytes of a token at this stage, else at this model."""
+        if shape.prompt_tokens != UNKNOWN:
+            return shape
+        per_token = self._sizes.get(_place(shape))
+        if per_token is None:
+            per_token = (self._rates.get(shape.model) or Rates()).bytes_per_token
+        return replace(shape, prompt_tokens=max(1, round(shape.prompt_bytes / per_token)))
+
+    # --- after a call ---------------------------------------------------------------------------
+
+    def finish(self, call: LiveCall, outcome: CallOutcome, now: float) -> Example:
+        """The call has ended well: learn from it. Returns what to remember of it."""
+        self._learn_rates(call.shape, outcome)
+        run = call.run if call.run and not call.run.closed else None
+        index = len(run.pasts.calls) if run else 0
+        example = Example(
+            source=LIVE,
+            run=run.name if run else "",
+            index=index,
+            shape=call.shape,
+            outcome=outcome,
+            parents=call.parents if run else (),
+            started_s=call.started_s,
+        )
+        if outcome.output_tokens <= 0:
+            self.drop(call)
+            return example
+        if (
+            call.estimate is not None
+            and self.estimator is not None
+            and call.version == self.version
+        ):
+            self.estimator.learn_call(call.keys, call.estimate, example.length)
+        if run is None:
+            learn_run(RunExamples(LIVE, "", (example,)), self.tables)
+            return example
+        run.pasts.end(example, call.history, self.tables.residual(call.keys, example.length))
+        run.frontier.difference_update(call.parents)
+        run.frontier.add(index)
+        if call.estimate is not None:
+            run.estimates[index] = call.keys, call.estimate
+        self._leave(run, now)
+        return example
+
+    def drop(self, call: LiveCall) -> None:
+        """The call failed or was cancelled: it teaches nothing."""
+        if call.run is not None:
+            self._leave(call.run, call.run.last_end)
+
     def learn(self, shape: CallShape, outcome: CallOutcome) -> None:
+        """From a call that was in no run."""
+        self.finish(self.arrive(None, shape, 0.0), outcome, 0.0)
+
+    def end_run(self, name: str) -> None:
+        """The run is over; its last calls may still be."""
+        if (run := self._runs.get(name)) is not None:
+            run.over = True
+            self._forget_if_over(run)
+
+    def sweep(self, now: float) -> None:
+        """Runs that nobody ends: after ten silent minutes they count as over."""
+        for run in [r for r in self._runs.values() if not r.live and now - r.last_end > _SILENT_S]:
+            self.end_run(run.name)
+
+    def _leave(self, run: _Run, now: float) -> None:
+        run.live -= 1
+        run.last_end = now
+        self._forget_if_over(run)
+
+    def _forget_if_over(self, run: _Run) -> None:
+        if run.over and not run.live:
+            self._close(run)
+            if self._runs.get(run.name) is run:
+                del self._runs[run.name]
+
+    def _close(self, run: _Run) -> None:
+        """Learn from all of a run's calls, once."""
+        if run.closed:
+            return
+        run.closed = True
+        calls = tuple(run.pasts.calls[index] for index in range(len(run.pasts.calls)))
+        examples = RunExamples(LIVE, run.name, calls)
+        if self.estimator is not None:
+            for index, rest in enumerate(remaining(examples)):
+                if index in run.estimates:
+                    self.estimator.learn_rest(*run.estimates[index], rest)
+        learn_run(examples, self.tables)
+
+    def _learn_rates(self, shape: CallShape, outcome: CallOutcome) -> None:
         rates = self._rates.setdefault(shape.model, Rates())
-        per_choice = outcome.output_tokens / max(1, shape.n)
-        rates.learn_prompt(shape.prompt_bytes, outcome.prompt_tokens)
+        if outcome.prompt_tokens > 0 and shape.prompt_bytes > 0:
+            rates.learn_prompt(shape.prompt_bytes, outcome.prompt_tokens)
+            per_token = shape.prompt_bytes / outcome.prompt_tokens
+            known = self._sizes.get(_place(shape), per_token)
+            self._sizes[_place(shape)] = known + _NEWEST * (per_token - known)
         if outcome.first_s is not None:
             uncached = outcome.prompt_tokens - outcome.cached_tokens
             decode_s = outcome.total_s - outcome.first_s
+            per_choice = outcome.output_tokens / max(1, shape.n)
             rates.learn_speed(uncached, outcome.first_s, per_choice, decode_s)
-        if outcome.output_tokens > 0:
-            self._lengths.learn(shape.workflow, shape.stage, shape.role, per_choice)
+
+
+def clipped(length: Length, max_tokens: int | None) -> Length:
+    """No quantile above `max_tokens`."""
+    if max_tokens is None:
+        return length
+    p95 = None if length.p95 is None else min(length.p95, max_tokens)
+    p99 = None if length.p99 is None else min(length.p99, max_tokens)
+    return Length(min(length.p50, max_tokens), min(length.p90, max_tokens), p95, p99)
+
+
+def _place(shape: CallShape) -> tuple[str, str, str]:
+    return shape.model, shape.workflow, shape.stage

@@ -20,6 +20,7 @@ from ._events import (
     CallCancelled,
     CallFailed,
     CallFinished,
+    CallPredicted,
     CallProgress,
     CommandApplied,
     CommandFailed,
@@ -30,6 +31,7 @@ from ._events import (
     MemoryMeasured,
     NodeJoined,
     NodeLost,
+    Rest,
     RunEnded,
     RunPaused,
     RunResumed,
@@ -42,6 +44,7 @@ from ._events import (
     WorkerChanged,
 )
 from ._invariants import InvariantError
+from ._kv_geometry import KvGeometry, KvGroup, one_group
 from ._nouns import DeviceInfo, DeviceMeasured, NodeInfo, Residency, WorkerInfo, WorkerState
 from ._runs import LIKELY
 from ._scheduler import Scheduler
@@ -57,6 +60,7 @@ __all__ = [
     "CallCancelled",
     "CallFailed",
     "CallFinished",
+    "CallPredicted",
     "CallProgress",
     "Command",
     "CommandApplied",
@@ -70,6 +74,8 @@ __all__ = [
     "ForecastChanged",
     "InvariantError",
     "KeepPrefix",
+    "KvGeometry",
+    "KvGroup",
     "Length",
     "MemoryMeasured",
     "NodeInfo",
@@ -80,6 +86,7 @@ __all__ = [
     "Reject",
     "RejectReason",
     "Residency",
+    "Rest",
     "RunEnded",
     "RunPaused",
     "RunResumed",
@@ -99,4 +106,5 @@ __all__ = [
     "decode_command",
     "decode_event",
     "encode",
+    "one_group",
 ]

@@ -12,10 +12,15 @@ from ._nouns import NodeInfo, WorkerInfo
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """Predicted output tokens of one call: median and 90th percentile."""
+    """Predicted output tokens of one call: median and upper percentiles.
+
+    The 95th and 99th are None where nobody predicts them.
+    """
 
     p50: float
     p90: float
+    p95: float | None = None
+    p99: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,19 @@ class ForecastCall:
     prompt_tokens: int
     length: Length
     service_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What a run still has before it, from its calls in progress to its end (T_rem).
+
+    Output tokens on the longest way, those calls included: median and 90th percentile; `calls` is
+    the expected number of further calls on that way.
+    """
+
+    p50: float
+    p90: float
+    calls: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +81,7 @@ class ForecastChanged:
 
     run: str
     calls: tuple[ForecastCall, ...]
+    rest: Rest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +146,19 @@ class CallArrived:
     tenant: str = "default"
     prompt_tokens: int = 0
     waits_for: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CallPredicted:
+    """A better prediction of a live call than the one it arrived with.
+
+    While it waits, all of it counts; once it runs, what it has reserved only grows with progress.
+    """
+
+    call: str
+    length: Length
+    kv_tokens: int
+    service_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +261,7 @@ Event = (
     | RunPaused
     | RunResumed
     | CallArrived
+    | CallPredicted
     | CallProgress
     | CallFinished
     | CallFailed

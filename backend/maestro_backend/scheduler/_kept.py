@@ -79,7 +79,7 @@ class KeptPrefixes:
         claim = self._world.ledger.claims.get(last.worker)
         if not seconds or info is None or claim is None or now - last.at > _LATE_S:
             return
-        size = last.tokens * info.kv_bytes_per_token
+        size = info.kept_bytes_of(last.tokens)
         if self._room(info, claim) >= size > 0:
             kept = Kept(run.run, model, size, now + seconds)
             yield self._world.keep_prefix(last.worker, last.call, kept, now)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from ._kv_geometry import KvGeometry
+
 
 class Residency(StrEnum):
     """Where a model's weights are, from the nearest tier to the farthest."""
@@ -45,10 +47,11 @@ class WorkerInfo:
     `kv_limit_bytes` is what its KV cache may hold now, between `kv_floor_bytes` (one request of
     `max_model_len`) and `kv_max_bytes` (what the engine is built with); only an `elastic` worker
     moves between them. Another holds all of it, or may hold none of it while it is suspended
-    without calls. `host_copy_bytes` is what a copy of its weights takes in host memory,
-    `host_bytes` what it holds there now. `tiers` are the residencies it can be brought to, and
-    `activation_s` the learned seconds from each to the device. `detail` says in words what it is
-    doing or what went wrong.
+    without calls. `kv_geometry` says what requests hold of it, in whole blocks; while it is None,
+    `kv_bytes_per_token` is all that is known. `host_copy_bytes` is what a copy of its weights takes
+    in host memory, `host_bytes` what it holds there now. `tiers` are the residencies it can be
+    brought to, and `activation_s` the learned seconds from each to the device. `detail` says in
+    words what it is doing or what went wrong.
     """
 
     worker: str
@@ -62,6 +65,7 @@ class WorkerInfo:
     kv_floor_bytes: int = 0
     kv_max_bytes: int = 0
     kv_bytes_per_token: int = 1
+    kv_geometry: KvGeometry | None = None
     elastic: bool = False
     residual_bytes: int = 0
     host_copy_bytes: int = 0
@@ -81,6 +85,18 @@ class WorkerInfo:
         """What it takes of its device at most."""
         kv_bytes = max(self.kv_max_bytes, self.kv_limit_bytes)
         return self.weights_bytes + kv_bytes + self.residual_bytes
+
+    def kv_bytes_of(self, tokens: int) -> int:
+        """KV bytes that a request of so many tokens (prompt and output) holds on it at most."""
+        if self.kv_geometry is None:
+            return tokens * self.kv_bytes_per_token
+        return self.kv_geometry.bytes_of(tokens)
+
+    def kept_bytes_of(self, tokens: int) -> int:
+        """KV bytes that the prefix of an ended call of so many tokens holds, if it is kept."""
+        if self.kv_geometry is None:
+            return tokens * self.kv_bytes_per_token
+        return self.kv_geometry.kept_bytes_of(tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,9 @@ def best_worker(call: Call, candidates: list[WorkerInfo], calls: CallTable) -> W
 
 
 def kv_bytes(call: Call, worker: WorkerInfo) -> int:
-    """KV bytes to reserve for a call; never more than the worker can have at most.
+    """KV bytes to reserve for a call, in whole blocks where the worker tells of them; never more
+    than the worker can have at most.
 
     Alone on the worker, any call may try.
     """
-    return min(call.request.kv_tokens * worker.kv_bytes_per_token, kv_most(worker))
+    return min(worker.kv_bytes_of(call.request.kv_tokens), kv_most(worker))

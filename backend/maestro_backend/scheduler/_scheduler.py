@@ -46,6 +46,7 @@ class Scheduler:
             ev.RunPaused: self._run_paused,
             ev.RunResumed: self._run_resumed,
             ev.CallArrived: self._call_arrived,
+            ev.CallPredicted: self._call_predicted,
             ev.CallProgress: self._call_progress,
             ev.CallFinished: self._call_finished,
             ev.CallFailed: self._call_failed,
@@ -129,6 +130,17 @@ class Scheduler:
         run = self.runs.ensure(event.run, now)
         run.live_calls.add(event.call)
         run.ended = event.run == event.call  # a call without a run is one of its own
+
+    def _call_predicted(self, event: ev.CallPredicted, now: float) -> Iterator[Command]:
+        if call := self.calls.by_id.get(event.call):
+            kv_tokens = event.kv_tokens if call.worker is None else call.request.kv_tokens
+            call.request = replace(
+                call.request,
+                length=event.length,
+                service_s=event.service_s,
+                kv_tokens=kv_tokens,
+            )
+        yield from ()
 
     def _call_progress(self, event: ev.CallProgress, now: float) -> Iterator[Command]:
         call = self.calls.by_id.get(event.call)

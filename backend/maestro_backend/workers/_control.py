@@ -11,7 +11,7 @@ from typing import Any, Self
 import httpx
 
 from maestro_agents.protocol import BackendError
-from maestro_backend.scheduler import Residency
+from maestro_backend.scheduler import KvGeometry, KvGroup, Residency
 
 _ASK_TIMEOUT_S = 60.0  # an answer waits for the engine step, or the move, that is under way
 _MOVE_TIMEOUT_S = 600.0
@@ -27,7 +27,8 @@ class WorkerStatus:
     """A worker as it sees itself. Sizes in bytes.
 
     `kv_held` is what its KV cache may occupy now: more than `kv_limit` while a shrink waits for
-    blocks in use. All KV sizes are 0 where the engine does not tell them.
+    blocks in use. All KV sizes are 0 where the engine does not tell them, and `kv_geometry` is
+    None.
     """
 
     residency: Residency
@@ -41,6 +42,7 @@ class WorkerStatus:
     weights: int
     host_bytes: int
     host_copy: int
+    kv_geometry: KvGeometry | None = None
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> Self:
@@ -54,10 +56,18 @@ class WorkerStatus:
             weights=int(weights["device_bytes"]),
             host_bytes=int(weights["host_bytes"]),
             host_copy=int(weights["host_copy_bytes"]),
+            kv_geometry=_geometry(kv),
         )
 
 
 _KV_SIZES = ("block", "built", "floor", "limit", "held")
+
+
+def _geometry(kv: Mapping[str, Any]) -> KvGeometry | None:
+    """None of a worker that an earlier version of ours has started: it tells of no groups."""
+    told = kv.get("groups", ())
+    groups = tuple(KvGroup(int(g["block_tokens"]), int(g["most_blocks"])) for g in told)
+    return KvGeometry(int(kv["block_bytes"]), groups) if groups else None
 
 
 class Control:

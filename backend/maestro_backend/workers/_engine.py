@@ -15,10 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from maestro_agents.protocol import ConfigError
+from maestro_agents.protocol import ConfigError, UnsupportedError
 from maestro_backend.config import ModelConfig
-from maestro_backend.scheduler import Residency
+from maestro_backend.scheduler import KvGeometry, Residency, one_group
 
+from ._kv_geometry import kv_geometry
 from ._sources import Checkpoint
 from .vllm_plugin import kvcached_environment, kvcached_refusal
 
@@ -30,6 +31,9 @@ _STUB_MAX_MODEL_LEN = 32_768
 _STUB_BYTES_PER_TOKEN = 1024
 _STUB_BLOCK_SIZE = 16
 _VLLM_BLOCK_SIZE = 128
+"""Until the engine tells: no block that vLLM chooses for a model of one kind of layer is larger."""
+_STEP_TOKENS = 8192
+"""Until it tells: no step that vLLM chooses by itself is larger. It schedules one ahead."""
 
 _TIERS = (Residency.DEVICE, Residency.HOST, Residency.PARKED)
 
@@ -107,8 +111,11 @@ class Engine(Protocol):
         Of a checkpoint that is not here yet only the weights are missing: they count 0.
         """
 
-    def kv_bytes_per_token(self, model: ServedModel) -> int:
-        """KV bytes of one token on each device; 0 while unknown."""
+    def kv_geometry(self, model: ServedModel, block_tokens: int | None = None) -> KvGeometry | None:
+        """What requests will hold of the KV cache of each device; None while that is unknown.
+
+        `block_tokens` is the engine's block size, where it has told it.
+        """
 
     def max_model_len(self, model: ServedModel) -> int | None:
         """Longest context in tokens; None where the engine takes it from the checkpoint."""
@@ -162,18 +169,35 @@ class _Vllm(ABC):
             residual_bytes=self.residual_bytes,
         )
 
-    def kv_bytes_per_token(self, model: ServedModel) -> int:
-        whole = model.checkpoint.kv_bytes_per_token(self.dtype(model))
-        return -(-whole // model.settings.tensor_parallel)
+    def kv_geometry(self, model: ServedModel, block_tokens: int | None = None) -> KvGeometry | None:
+        """From the checkpoint; None too where a draft model would take KV bytes of its own."""
+        given = {_option(key): value for key, value in model.settings.engine_args.items()}
+        if "speculative_config" in given:
+            return None
+        try:
+            return kv_geometry(
+                model.checkpoint.geometry,
+                dtype=self.dtype(model),
+                block_tokens=block_tokens or int(given.get("block_size") or _VLLM_BLOCK_SIZE),
+                in_flight_tokens=2 * int(given.get("max_num_batched_tokens") or _STEP_TOKENS),
+                max_model_len=self.max_model_len(model) or model.checkpoint.max_model_len,
+                kv_dtype=str(given.get("kv_cache_dtype", "auto")),
+                tensor_parallel=model.settings.tensor_parallel,
+                hybrid=not given.get("disable_hybrid_kv_cache_manager"),
+            )
+        except UnsupportedError:
+            return None
 
     def max_num_seqs(self, settings: ModelConfig) -> int:
         return settings.max_num_seqs or self.default_max_num_seqs
 
     def kv_floor_bytes(self, model: ServedModel) -> int:
-        """With one block more, which vLLM sets apart; blocks are never larger than ours."""
+        """With one block more, which vLLM sets apart."""
+        geometry = self.kv_geometry(model)
+        if geometry is None:
+            return 0
         longest = self.max_model_len(model) or model.checkpoint.max_model_len or 0
-        blocks = -(-longest // _VLLM_BLOCK_SIZE) + 1
-        floor = blocks * _VLLM_BLOCK_SIZE * self.kv_bytes_per_token(model)
+        floor = (geometry.blocks(longest) + 1) * geometry.block_bytes
         return min(floor, self.memory(model).kv_bytes)
 
     def tiers(self, settings: ModelConfig) -> tuple[Residency, ...]:
@@ -322,16 +346,18 @@ class Stub:
         weights = int(model.settings.engine_args.get("weights_bytes", 0))
         return Memory(weights, model.settings.kv_memory or 64 * MiB, 64 * MiB)
 
-    def kv_bytes_per_token(self, model: ServedModel) -> int:
-        return _STUB_BYTES_PER_TOKEN
+    def kv_geometry(self, model: ServedModel, block_tokens: int | None = None) -> KvGeometry:
+        given = model.settings.engine_args
+        block_tokens = block_tokens or int(given.get("block_size", _STUB_BLOCK_SIZE))
+        per_token = int(given.get("kv_bytes_per_token", _STUB_BYTES_PER_TOKEN))
+        return one_group(block_tokens * per_token, block_tokens)
 
     def max_model_len(self, model: ServedModel) -> int:
         return model.settings.max_model_len or _STUB_MAX_MODEL_LEN
 
     def kv_floor_bytes(self, model: ServedModel) -> int:
-        block = int(model.settings.engine_args.get("block_size", _STUB_BLOCK_SIZE))
-        blocks = -(-self.max_model_len(model) // block)
-        return min(blocks * block * _STUB_BYTES_PER_TOKEN, self.memory(model).kv_bytes)
+        floor = self.kv_geometry(model).bytes_of(self.max_model_len(model))
+        return min(floor, self.memory(model).kv_bytes)
 
     def tiers(self, settings: ModelConfig) -> tuple[Residency, ...]:
         return _TIERS if settings.engine_args.get("control", True) else (Residency.DEVICE,)
@@ -400,7 +426,7 @@ def flags(arguments: Mapping[str, Any]) -> list[str]:
 
 def _meddling(engine_args: Mapping[str, Any]) -> str:
     for key in engine_args:
-        name = key.lstrip("-").replace("-", "_")
+        name = _option(key)
         if name in _SETTINGS_OF:
             return f"engine_args.{key}: set {_SETTINGS_OF[name]} of the model instead"
         if name in _OURS:
@@ -409,13 +435,18 @@ def _meddling(engine_args: Mapping[str, Any]) -> str:
 
 
 def _kvcached_refusal(settings: ModelConfig) -> str:
-    given = {name.replace("-", "_") for name in settings.engine_args}
+    given = {_option(name) for name in settings.engine_args}
     return kvcached_refusal(
         _version("vllm") or None,
         _version("kvcached") or None,
         kv_events="kv_events_config" in given,
         speculative="speculative_config" in given,
     )
+
+
+def _option(key: str) -> str:
+    """A key of `engine_args` as vLLM's option is called in Python."""
+    return key.lstrip("-").replace("-", "_")
 
 
 def _is_installed(distribution: str) -> bool:

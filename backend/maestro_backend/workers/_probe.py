@@ -65,14 +65,14 @@ class Probe:
         except httpx.TransportError as error:
             raise BackendError(f"the warm-up call failed: {error!r}") from error
 
-    async def kv_tokens(self) -> int:
-        """How many tokens its KV cache holds: blocks x block size, by its own count."""
+    async def kv_blocks(self) -> tuple[int, int]:
+        """The blocks of its KV cache and the tokens in one, by its own count."""
         text = (await self._get("/metrics")).text
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name == "vllm:cache_config_info":
                     labels = sample.labels
-                    return int(labels["num_gpu_blocks"]) * int(labels["block_size"])
+                    return int(labels["num_gpu_blocks"]), int(labels["block_size"])
         raise BackendError("the engine does not report its KV cache (vllm:cache_config_info)")
 
     async def max_model_len(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from maestro_backend.scheduler import Residency, WorkerInfo
+from maestro_backend.scheduler import KvGeometry, Residency, WorkerInfo, one_group
 
 from ._account import Learned
 from ._control import WorkerStatus
@@ -35,12 +35,14 @@ class Sizes:
         live = told.tiers if told else engine.tiers(model.settings)
         weights = memory.weights_bytes if weights is None else weights
         kv_bytes = (told.kv_built if told else 0) or memory.kv_bytes
+        geometry = (told and told.kv_geometry) or engine.kv_geometry(model)
         return {
             "weights_bytes": weights,
             "kv_limit_bytes": kv_bytes,
             "kv_floor_bytes": told.kv_floor if told else engine.kv_floor_bytes(model),
             "kv_max_bytes": kv_bytes,
-            "kv_bytes_per_token": engine.kv_bytes_per_token(model) or 1,
+            "kv_bytes_per_token": geometry.token_bytes if geometry else 1,
+            "kv_geometry": geometry,
             "elastic": told.elastic if told else engine.elastic(model.settings),
             "residual_bytes": memory.residual_bytes if residual is None else residual,
             "host_copy_bytes": told.host_copy if told else weights,
@@ -59,15 +61,17 @@ class Sizes:
         """
         self._told = status
         model = self._model.served
-        tokens = await probe.kv_tokens()
+        blocks, block_tokens = await probe.kv_blocks()
         built = status.kv_built if status else 0
-        per_token = self._engine.kv_bytes_per_token(model)
-        per_token = per_token or max(1, (built or promised.kv_limit_bytes) // tokens)
-        built = built or tokens * per_token
+        geometry = status.kv_geometry if status else None
+        geometry = geometry or self._engine.kv_geometry(model, block_tokens)
+        geometry = geometry or _guessed(built or promised.kv_limit_bytes, blocks, block_tokens)
+        built = built or blocks * geometry.block_bytes
         kv_bytes = status.kv_held if status and status.kv_built else built
         return {
             "weights_bytes": self._weights(model, status),
-            "kv_bytes_per_token": per_token,
+            "kv_bytes_per_token": geometry.token_bytes,
+            "kv_geometry": geometry,
             "kv_limit_bytes": kv_bytes,
             "kv_floor_bytes": min(built, (status and status.kv_floor) or promised.kv_floor_bytes),
             "kv_max_bytes": built,
@@ -97,3 +101,8 @@ class Sizes:
         if self._model.can_be_remote:
             there.add(Residency.REMOTE)
         return tuple(tier for tier in Residency if tier in there)
+
+
+def _guessed(kv_bytes: int, blocks: int, block_tokens: int) -> KvGeometry:
+    """Of an engine that tells its blocks only, and of a model that tells too little."""
+    return one_group(max(1, kv_bytes // blocks), block_tokens)

@@ -17,6 +17,7 @@ from typing import Any
 from maestro_agents.protocol import BackendError, ConfigError, UnsupportedError
 
 from ._disk_cache import DiskCache, DiskFullError, NoRoomError, held, stamp_use, telling_a_full_disk
+from ._kv_layers import text_config
 from ._made import RANDOM_BYTES, check_hub, make
 from ._origin import origin
 from ._remote import PAUSES_S, Fetching
@@ -65,17 +66,6 @@ class Checkpoint:
         if "quantization_config" in self.geometry:
             return self.stored_bytes
         return self.stored_bytes * DTYPE_BYTES[dtype] // DTYPE_BYTES[self.stored_dtype]
-
-    def kv_bytes_per_token(self, dtype: str) -> int:
-        """2 (key, value) x layers x KV heads x head size x bytes of `dtype`; 0 while unknown."""
-        shape = self.geometry
-        layers = _whole(shape, "num_hidden_layers")
-        heads = _whole(shape, "num_attention_heads")
-        grouped = shape.get("num_key_value_heads") is not None
-        kv_heads = _whole(shape, "num_key_value_heads") if grouped else heads
-        whole = _whole(shape, "hidden_size")
-        head_size = _whole(shape, "head_dim") or (whole // heads if heads else 0)
-        return 2 * layers * kv_heads * head_size * DTYPE_BYTES[dtype]
 
 
 def _whole(shape: Mapping[str, Any], key: str) -> int:
@@ -270,7 +260,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(
         path=str(folder),
         stored_bytes=sum(file.stat().st_size for file in weights if file.is_file()),
-        geometry=geometry.get("text_config") or geometry,
+        geometry=text_config(geometry),
     )
 
 

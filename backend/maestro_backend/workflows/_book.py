@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 
 from maestro_agents.protocol import (
     END,
-    MAX_STAGES,
     START,
     Announcement,
     CallIdentity,
@@ -26,13 +24,17 @@ from maestro_agents.protocol import (
     Workflow,
 )
 from maestro_backend import scheduler as core
-from maestro_backend.predictor import CallShape, Predictor, Recent
+from maestro_backend.predictor import CallOutcome, CallShape, Prediction, Predictor, Recent
 
+from ._critical_path import critical_path
 from ._following import chances, leads, next_stages
 from ._forecast import forecast
+from ._futures import Future
 from ._memory import StageMemory
 from ._nouns import Expected, Habits, Past
+from ._outlook import Outlook
 from ._position import Position
+from ._reach import Reach
 from ._run import Run
 
 _MAX_RUNS = 10_000
@@ -40,8 +42,6 @@ _MAX_WORKFLOWS = 1_000
 """Kept: the runs heard of last, the workflows put last (ours)."""
 _MAX_PAUSED = 100
 """Paused runs of one conversation that are known to be (ours)."""
-
-_UNKNOWN = Workflow(name="unknown", stages=())
 
 
 class WorkflowBook:
@@ -54,6 +54,7 @@ class WorkflowBook:
         self._deadlines = deadlines
         self._habits = Habits()
         self._memory = StageMemory()
+        self.outlook = Outlook()
         self._paused: Recent[tuple[str, str], Recent[str, None]] = Recent(_MAX_RUNS)
 
     def put(self, workflow: Workflow) -> None:
@@ -79,8 +80,8 @@ class WorkflowBook:
         self._renew(identity.run, now)
         events = list(self._ensure(identity.run, identity, slo, now))
         run = self.runs[identity.run]
-        stage = identity.stage
-        if stage is None:
+        stage = identity.stage or shape.role
+        if not stage:
             return events, None
         expected = self._expected(run, stage)
         lead_s = run.meet(stage, identity.instance, now, expected=run.awaits(stage, expected))
@@ -92,21 +93,43 @@ class WorkflowBook:
         run.call(stage)
         run.position.again.pop(stage, None)
         self._note(run, stage, shape)
+        told = self._predictor.predict(shape)
+        self.outlook.arrived(run, stage, identity.instance, shape, told, now)
         if announcement is not None:
             run.announcements[stage] = announcement
             events.append(_announced(run.run, stage, announcement))
         return [*events, *self._forecast(run, now)], lead_s
 
-    def call_ended(self, identity: CallIdentity, now: float) -> list[core.Event]:
-        """The call is over, however it went."""
+    def call_predicted(
+        self, identity: CallIdentity, role: str, prediction: Prediction
+    ) -> list[core.Event]:
+        """The model has said what a call will take, and what is left of its run."""
         run = self.runs.get(identity.run or "")
-        if run is None or identity.stage is None:
+        if run is None or run.ended is not None:
             return []
-        run.hang_up(identity.stage)
-        if not run.events_seen and not run.live(identity.stage):
+        self.outlook.predicted(run, identity.stage or role, identity.instance, prediction)
+        before, run.rest = run.rest, self.outlook.rest(run, run.charted)
+        return [core.ForecastChanged(run.run, run.forecast, run.rest)] if run.rest != before else []
+
+    def call_ended(
+        self,
+        identity: CallIdentity,
+        now: float,
+        outcome: CallOutcome | None = None,
+        role: str = "",
+    ) -> list[core.Event]:
+        """The call is over, however it went; with an `outcome` it is learned from. A call that
+        came without a stage is known by its `role`."""
+        run = self.runs.get(identity.run or "")
+        stage = identity.stage or role
+        if run is None or not stage:
+            return []
+        run.hang_up(stage)
+        self.outlook.ended(run, stage, identity.instance, outcome, now)
+        if not run.events_seen and not run.live(stage):
             # No adapter tells us about stages: the end of the call stands for the stage's.
-            run.position.expect_after(identity.stage, self._following(run, identity.stage))
-            run.announcements.pop(identity.stage, None)
+            run.position.expect_after(stage, self._following(run, stage))
+            run.announcements.pop(stage, None)
         return list(self._forecast(run, now)) if run.ended is None else []
 
     def waits_for(self, identity: CallIdentity) -> tuple[str, ...]:
@@ -119,7 +142,8 @@ class WorkflowBook:
         known = self.runs[run]
         announcement = known.announcements.get(stage)
         visit = self._visit(known, stage)
-        return chances(self._graph(known), stage, self._habits.transitions, announcement, visit)
+        transitions = self._habits_of(known).transitions
+        return chances(self._graph(known), stage, transitions, announcement, visit)
 
     # --- run events -----------------------------------------------------------------------------
 
@@ -178,6 +202,7 @@ class WorkflowBook:
             case RunEnded():
                 if not event.failed:
                     self._learn_the_end(run)
+                self.outlook.over(run, failed=event.failed)
                 run.finish(now, event.failed)
 
     def _end_paused(self, run: Run, now: float) -> Iterator[core.Event]:
@@ -185,6 +210,7 @@ class WorkflowBook:
         for name in self._paused.pop((run.workflow, run.conversation or run.run), ()):
             other = self.runs.get(name)
             if name != run.run and other is not None and other.paused:
+                self.outlook.over(other, failed=False)
                 other.finish(now, failed=False)
                 yield core.RunEnded(name)
 
@@ -202,7 +228,7 @@ class WorkflowBook:
         item = position.begin(stage, beside)
         if item is not None and not item.certain and run.events_seen:
             visit = position.visits.get(item.after, 1)
-            self._habits.transitions.learn(self._graph(run), item.after, visit, stage)
+            self._habits_of(run).transitions.learn(self._graph(run), item.after, visit, stage)
 
     def _go_on(self, run: Run, stage: str) -> None:
         """Where only calls tell of a stage, several may be of one execution."""
@@ -249,13 +275,14 @@ class WorkflowBook:
 
     def _learn_route(self, run: Run, event: StageEnded, visit: int) -> None:
         workflow, stage = self._graph(run), event.stage
+        transitions = self._habits_of(run).transitions
         certain, _ = workflow.successors(stage)
         followers = [s for s in event.next or () if s.stage not in certain]
         if not followers:
-            self._habits.transitions.learn(workflow, stage, visit, END)
+            transitions.learn(workflow, stage, visit, END)
         for successor in followers:
             if successor.certain:  # else it is still open, and learned when it begins
-                self._habits.transitions.learn(workflow, stage, visit, successor.stage)
+                transitions.learn(workflow, stage, visit, successor.stage)
                 key = (run.workflow, stage, successor.stage)
                 self._habits.widths.learn(key, successor.width or 1)
 
@@ -274,7 +301,7 @@ class WorkflowBook:
         position, graph = run.position, self._graph(run)
         for stage in dict.fromkeys(e.after for e in position.pending.values() if not e.certain):
             visit = position.visits.get(stage, 1)
-            self._habits.transitions.learn(graph, stage, visit, END)
+            self._habits_of(run).transitions.learn(graph, stage, visit, END)
         for stage in run.made:
             if stage in position.visits and stage not in position.executing:
                 self._memory.facts(run.workflow, stage).several = True
@@ -323,10 +350,13 @@ class WorkflowBook:
             self.runs[name] = run.anew(now)
 
     def _following(self, run: Run, stage: str, visit: int | None = None) -> list[Expected]:
-        announcement = run.announcements.get(stage)
-        visit = self._visit(run, stage) if visit is None else visit
-        graph, transitions = self._graph(run), self._habits.transitions
-        return next_stages(graph, stage, transitions, announcement, visit)
+        return self._follow_up(run)(stage, self._visit(run, stage) if visit is None else visit)
+
+    def _follow_up(self, run: Run) -> Callable[[str, int], list[Expected]]:
+        """What follows a stage of the run on a visit."""
+        graph, transitions = self._graph(run), self._habits_of(run).transitions
+        told = run.announcements.get
+        return lambda stage, visit: next_stages(graph, stage, transitions, told(stage), visit)
 
     def _visit(self, run: Run, stage: str) -> int:
         """The execution of `stage` that was heard of last, counted from 1."""
@@ -336,24 +366,33 @@ class WorkflowBook:
         return run.ahead(stage, several=self._several(run, stage))
 
     def _starts(self, run: Run) -> list[Expected]:
+        follow = self._follow_up(run)
         return run.position.starts(
-            run.running(), lambda s: self._following(run, s), lambda s: self._ahead(run, s)
+            run.running(),
+            lambda s: follow(s, self._visit(run, s)),
+            lambda s: self._ahead(run, s),
         )
 
     def _forecast(self, run: Run, now: float) -> Iterator[core.Event]:
-        starts = self._starts(run)
-        workflow = self.workflows.get(run.workflow) or _made_of(starts)
-        calls = forecast(
-            workflow,
-            starts,
-            self._habits,
-            lambda stage: self._expected_call(run, stage),
-            self._past(run),
-        )
-        before = run.forecast
+        starts, habits, past = self._starts(run), self._habits_of(run), self._past(run)
+        workflow = self._graph(run, starts)
+        expected: dict[str, core.ForecastCall | None] = {}
+
+        def predict(stage: Stage) -> core.ForecastCall | None:
+            if stage.path not in expected:
+                expected[stage.path] = self._expected_call(run, stage)
+            return expected[stage.path]
+
+        reached = Reach(workflow, habits, past).of(starts)
+        calls = forecast(workflow, starts, habits, predict, past, reached)
+        ahead: tuple[Future, bool] | None = None
+        if run.workflow in self.workflows and not self.outlook.knows(run):
+            ahead = critical_path(workflow, starts, habits, predict, past, reached)
+        before = run.forecast, run.rest
         run.believe(calls, now)
-        if calls != before:
-            yield core.ForecastChanged(run.run, calls)
+        run.charted, run.rest = ahead, self.outlook.rest(run, ahead)
+        if (calls, run.rest) != before:
+            yield core.ForecastChanged(run.run, calls, run.rest)
 
     def _past(self, run: Run) -> Past:
         running = run.running() if run.events_seen else {}
@@ -366,8 +405,13 @@ class WorkflowBook:
             step_width=run.step_width if run.events_seen else {},
         )
 
-    def _graph(self, run: Run) -> Workflow:
-        return self.workflows.get(run.workflow, _UNKNOWN)
+    def _graph(self, run: Run, starts: Iterable[Expected] = ()) -> Workflow:
+        """The announced graph; else the learned one, with what was announced or chosen in it."""
+        known = self.workflows.get(run.workflow)
+        return known or self.outlook.graph(run, (e.stage for e in starts))
+
+    def _habits_of(self, run: Run) -> Habits:
+        return self.outlook.habits(run, self._habits, learned=run.workflow not in self.workflows)
 
     def _expected_call(self, run: Run, stage: Stage) -> core.ForecastCall | None:
         chance = self._memory.calls_chance(run.workflow, stage)
@@ -383,13 +427,17 @@ class WorkflowBook:
             max_tokens=facts.max_tokens,
         )
         predicted = self._predictor.predict(shape)
+        prompt = run.log.prompts.get(stage.path)
+        if prompt is not None:
+            grown = self.outlook.journeys.growth_tokens(run.workflow, stage.path, shape.role)
+            prompt = max(0, prompt + int(grown))
         return core.ForecastCall(
             stage=stage.path,
             role=shape.role,
             model=shape.model,
             probability=chance,
             earliest_start_s=0.0,
-            prompt_tokens=predicted.prompt_tokens,
+            prompt_tokens=predicted.prompt_tokens if prompt is None else prompt,
             length=predicted.length,
             service_s=predicted.service_s,
         )
@@ -414,13 +462,6 @@ def _announced(run: str, stage: str, announcement: Announcement) -> core.Announc
     certain = tuple(s.stage for s in announcement.successors if s.certain)
     candidates = tuple(s.stage for s in announcement.successors if not s.certain)
     return core.Announced(run, stage, certain, candidates)
-
-
-def _made_of(starts: Iterable[Expected]) -> Workflow:
-    """An unregistered workflow: all that is known of it is what was announced or chosen."""
-    paths = (e.stage for e in starts if e.stage not in (START, END))
-    stages = tuple(Stage(path=path) for path in islice(paths, MAX_STAGES))
-    return Workflow(name=_UNKNOWN.name, stages=stages)
 
 
 def _told(run: str, event: RunEvent) -> Iterator[core.Event]:

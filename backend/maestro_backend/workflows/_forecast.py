@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from maestro_agents.protocol import Stage, Workflow
 from maestro_backend.scheduler import ForecastCall
 
 from ._nouns import Expected, Habits, Past
-from ._reach import FLOOR, Reach, Reached, start_times
+from ._reach import FLOOR, Node, Reach, Reached, start_times
 
 _COPIES = 16
 """Most calls of one stage in a forecast: a wider fan-out shows as so many (ours)."""
@@ -32,20 +32,23 @@ def forecast(
     habits: Habits,
     predict: Predict,
     past: Past | None = None,
+    reached: Mapping[Node, Reached] | None = None,
 ) -> tuple[ForecastCall, ...]:
     """The expected calls from `starts` on, in order of earliest start.
 
     A stage appears once per round of a loop and instance of a fan-out. Reached over several
     paths it has the largest of their probabilities; a join that of its least likely source, and
-    it starts after the slowest. Seconds count from the end of what runs now.
+    it starts after the slowest. Seconds count from the end of what runs now. Prompts grow from
+    round to round as they did before. `reached`: from the same starts, if known already.
     """
     past = past or Past()
-    reached = Reach(workflow, habits, past).of(starts)
+    reached = Reach(workflow, habits, past).of(starts) if reached is None else reached
     nodes: dict[str, list[tuple[int, Reached]]] = {stage: [] for stage in past.running}
     for (stage, round_), found in reached.items():
         nodes.setdefault(stage, []).append((round_, found))
     calls = {s: predict(workflow.stage_by_path[s]) for s in nodes if s in workflow.stage_by_path}
-    begins = start_times(workflow, reached, {s: c.service_s for s, c in calls.items() if c})
+    service_s = {s: c.service_s for s, c in calls.items() if c}
+    begins = start_times(workflow, reached, service_s, habits.gap_s)
     expected: list[ForecastCall] = []
     for stage, call in calls.items():
         if call is not None:
@@ -57,6 +60,8 @@ def forecast(
                     call,
                     probability=chance * call.probability,
                     earliest_start_s=begins.get((stage, round_), 0.0),
+                    prompt_tokens=call.prompt_tokens
+                    + int(max(0, round_) * habits.growth_tokens(stage)),
                 )
                 for round_, chance in due[:_COPIES]
                 if chance * call.probability >= FLOOR

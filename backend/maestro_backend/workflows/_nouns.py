@@ -25,11 +25,17 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """What past runs taught: where stages lead, how wide they fan out, how often they call."""
+    """What past runs taught: where stages lead, how wide they fan out, how often they call.
+
+    `gap_s(source, target)`: seconds from the end of a stage to the next; `growth_tokens(stage)`:
+    by how much each further prompt of a stage is longer.
+    """
 
     transitions: Transitions = field(default_factory=Transitions)
     widths: Numbers = field(default_factory=Numbers)
     calls: Numbers = field(default_factory=Numbers)
+    gap_s: Callable[[str, str], float] = lambda source, target: 0.0
+    growth_tokens: Callable[[str], float] = lambda stage: 0.0
 
 
 @dataclass(frozen=True, slots=True)

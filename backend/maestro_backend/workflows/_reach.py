@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -27,13 +27,16 @@ Node = tuple[str, int]
 @dataclass(slots=True)
 class Reached:
     """`further` is P(2nd), P(3rd) ... instance, where a fan-out may lead to it or to the subgraph
-    `inside`; `follow` are the nodes it leads to. A `start` may begin as soon as all is over."""
+    `inside`; `follow` are the nodes it leads to, `onward` what is believed to follow. A `start`
+    may begin as soon as all is over, and `gap_s` has gone by."""
 
     chance: float
     further: tuple[float, ...] = ()
     inside: str = ""
     follow: list[Node] = field(default_factory=list)
+    onward: list[Expected] = field(default_factory=list)
     start: bool = False
+    gap_s: float = 0.0
 
 
 class Reach:
@@ -50,7 +53,8 @@ class Reach:
     def of(self, starts: Iterable[Expected]) -> dict[Node, Reached]:
         """All nodes that can be reached from `starts`, the most likely first."""
         for item in starts:
-            self._arrive(item, 0, Reached(item.probability, start=True))
+            gap_s = self._habits.gap_s(item.after, item.stage)
+            self._arrive(item, 0, Reached(item.probability, start=True, gap_s=gap_s))
         while self._agenda:
             _, _, node, reached = heapq.heappop(self._agenda)
             if node not in self._reached:
@@ -61,7 +65,8 @@ class Reach:
     def _leave(self, node: Node, reached: Reached) -> None:
         stage, round_ = node
         visit = self._past.visits.get(stage, 0) + 1 + round_
-        for item in next_stages(self._workflow, stage, self._habits.transitions, visit=visit):
+        reached.onward = next_stages(self._workflow, stage, self._habits.transitions, visit=visit)
+        for item in reached.onward:
             following = round_ + ((stage, item.stage) in self._back)
             reached.follow.append((item.stage, following))
             chance = reached.chance * item.probability
@@ -131,16 +136,19 @@ def _targets(workflow: Workflow, stage: str) -> list[str]:
 
 
 def start_times(
-    workflow: Workflow, reached: Mapping[Node, Reached], service_s: Mapping[str, float]
+    workflow: Workflow,
+    reached: Mapping[Node, Reached],
+    service_s: Mapping[str, float],
+    gap_s: Callable[[str, str], float] = lambda source, target: 0.0,
 ) -> dict[Node, float]:
     """When each node could start: after its first cause, a join after its last, and a deferred
-    stage after everything else."""
+    stage after everything else. `gap_s(source, target)` goes by between two stages."""
     waits = {
         (stage, at): {s for s in workflow.join_sources(stage) if (s, at) in reached}
         for stage, at in reached
     }
     begins: dict[Node, float] = {("", 0): 0.0}
-    agenda = [(0.0, node, "") for node, found in reached.items() if found.start]
+    agenda = [(found.gap_s, node, "") for node, found in reached.items() if found.start]
     held: list[tuple[float, Node, str]] = []
     heapq.heapify(agenda)
     while agenda or held:
@@ -159,5 +167,6 @@ def start_times(
         begins[node] = at
         for following in reached[node].follow:
             if following in reached:
-                heapq.heappush(agenda, (at + service_s.get(node[0], 0.0), following, node[0]))
+                ready = at + service_s.get(node[0], 0.0) + gap_s(node[0], following[0])
+                heapq.heappush(agenda, (ready, following, node[0]))
     return begins

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from maestro_agents.protocol import MAX_STAGES, Announcement, Slo
 from maestro_backend.predictor import Recent
-from maestro_backend.scheduler import LIKELY, ForecastCall
+from maestro_backend.scheduler import LIKELY, ForecastCall, Rest
 
+from ._call_log import CallLog
+from ._futures import Future
 from ._position import Position, less, more
 
 _MAX_CALLS = 1_000
@@ -37,6 +39,10 @@ class Run:
     failed: bool = False
     paused: bool = False
     forecast: tuple[ForecastCall, ...] = ()
+    rest: Rest | None = None
+    """Remaining output tokens and calls; None while nothing is known, and after the end."""
+    charted: tuple[Future, bool] | None = None
+    """What the announced graph says comes after the calls in progress, and whether it must."""
     lead_times_s: list[tuple[str, float | None]] = field(default_factory=list)
     announced_never_made: int = 0
     told: bool = False
@@ -54,6 +60,7 @@ class Run:
     foreseen: Recent[str, list[float]] = field(default_factory=lambda: Recent(2 * MAX_STAGES))
     """Since when each call that is likely to come has been: of a stage, the next one first."""
     leads: Recent[tuple[str, int], float | None] = field(default_factory=lambda: Recent(_MAX_CALLS))
+    log: CallLog = field(default_factory=CallLog)
 
     def live(self, stage: str) -> bool:
         return stage in self.position.executing or stage in self.calling
@@ -154,6 +161,6 @@ class Run:
         """The run is over; whatever is still foreseen was never made."""
         self.ended, self.failed, self.forecast, self.paused = now, failed, (), False
         self.announced_never_made += sum(map(len, self.foreseen.values()))
-        self.position = Position()
+        self.position, self.rest = Position(), None
         for kept in (self.announcements, self.made, self.step_width, self.foreseen, self.leads):
             kept.clear()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from maestro_agents.protocol import END, Workflow
 from maestro_backend.predictor import Recent
+
+from ._plain import keys_from_plain, plain_key
 
 _PRIOR = 1.0
 """Pseudo-count of each candidate: uniform until something is learned (ours)."""
@@ -86,3 +89,14 @@ class Numbers:
             sum(n for number, n in counts.items() if number >= least) / total
             for least in range(2, max(counts) + 1)
         )
+
+    def state(self) -> list[list[Any]]:
+        """As plain JSON."""
+        return [[plain_key(key), sorted(counts.items())] for key, counts in self._counts.items()]
+
+    def restore(self, state: list[list[Any]]) -> None:
+        """What `state` gave, in the place of what is known."""
+        self._counts.clear()
+        for key, counts in keys_from_plain(state):
+            names = tuple(str(part) for part in key)
+            self._counts[names] = Counter({int(n): int(count) for n, count in counts})

@@ -8,7 +8,6 @@ Ours; the pool is vLLM's `BlockPool` (checked on 0.30).
 
 from __future__ import annotations
 
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -39,7 +38,9 @@ class Blocks:
         self._pool = self._manager.block_pool
         self.built: int = len(self._pool.blocks)
         self.limit: int = self.built
-        self.floor: int = min(self.built, _longest_request(self._manager) + 1)
+        self.groups: list[dict[str, int]] = _groups(self._manager, scheduler.vllm_config)
+        longest = sum(group["most_blocks"] for group in self.groups)
+        self.floor: int = min(self.built, longest + 1)
         self._quarantine: list[Any] = []
         self._ended: OrderedDict[str, Any] = OrderedDict()
         self.kept: dict[str, Kept] = {}
@@ -195,9 +196,18 @@ class Blocks:
                     break
 
 
-def _longest_request(manager: Any) -> int:
-    """Blocks of a request of `max_model_len` tokens, over all groups of layers."""
-    return sum(
-        math.ceil(manager.max_model_len / single.block_size)
+def _groups(manager: Any, vllm_config: Any) -> list[dict[str, int]]:
+    """Per group of layers: tokens in a block, and blocks of a request of `max_model_len` tokens.
+
+    The latter as vLLM counts them when it starts: layers that look back over a window are bounded.
+    """
+    return [
+        {
+            "block_tokens": single.block_size,
+            "most_blocks": -(
+                -single.kv_cache_spec.max_memory_usage_bytes(vllm_config)
+                // single.kv_cache_spec.page_size_bytes
+            ),
+        }
         for single in manager.coordinator.single_type_managers
-    )
+    ]

@@ -104,12 +104,15 @@ def maestro_progress(self: Any) -> list[dict[str, Any]]:
 
 
 def _progress(scheduler: Any, request: Any, block_bytes: int) -> dict[str, Any]:
-    groups = scheduler.kv_cache_manager.get_block_ids(request.request_id)
+    """The null block stands where a window has left a block behind: nothing is held there."""
+    manager = scheduler.kv_cache_manager
+    groups, null = manager.get_block_ids(request.request_id), manager.block_pool.null_block.block_id
+    held = sum(block != null for group in groups for block in group)
     return {
         "call": call_of(request.request_id),
         "computed_tokens": request.num_computed_tokens,
         "generated_tokens": request.num_output_tokens,
-        "kv_bytes": sum(map(len, groups)) * block_bytes,
+        "kv_bytes": held * block_bytes,
         "running": request.status.name == "RUNNING",
     }
 

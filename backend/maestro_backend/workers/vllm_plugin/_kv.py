@@ -39,7 +39,8 @@ class KvCache:
 
     def state(self) -> dict[str, Any]:
         """Sizes in bytes: block, built, floor, limit, held, used (by requests), cached, pinned;
-        on a GPU resident too, the device memory behind it."""
+        on a GPU resident too, the device memory behind it. And the groups of layers that take
+        blocks: `block_tokens` in a block, `most_blocks` of a longest request."""
         blocks, size = self.blocks, self.block_bytes
         pinned, cached = blocks.pinned, blocks.cached
         whole = self._whole
@@ -52,6 +53,7 @@ class KvCache:
         return {
             **resident,
             "elastic": self.elastic,
+            "groups": blocks.groups,
             "block_bytes": size,
             "built_bytes": whole.max_bytes if whole else blocks.built * size,
             "floor_bytes": whole.floor_bytes if whole else blocks.floor * size,

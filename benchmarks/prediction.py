@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 from statistics import fmean, pstdev
+from tempfile import TemporaryDirectory
 from typing import Any
 from zlib import crc32
 
@@ -33,11 +34,13 @@ from maestro_backend.evaluation import (
     joined,
     kendall_tau,
     kv_figures,
+    load_trained,
     macro,
     mae,
     plain,
     predict,
     report,
+    save_trained,
     shortened,
     train_rows,
 )
@@ -126,11 +129,18 @@ def out_of_fold(plan: Plan, online: bool) -> Predicted:
         for at, (kept, judged) in enumerate(plan.split()):
             say(f"fold {at + 1} of {plan.folds}")
             rows = training_rows(kept)
-            trained = train_rows(kept, rows, threads=plan.threads, recipes=plan.recipes)
+            trained = as_loaded(train_rows(kept, rows, threads=plan.threads, recipes=plan.recipes))
             for way in (False, True):
                 found = predict(trained, judged, online=way)
                 _kept[way] = joined(_kept[way], found) if way in _kept else found
     return _kept[online]
+
+
+def as_loaded(trained: Trained) -> Trained:
+    """What is judged is what a folder holds: not all that was learned is written."""
+    with TemporaryDirectory() as folder:
+        save_trained(trained, Path(folder) / "model")
+        return load_trained(Path(folder) / "model")
 
 
 # --- reliability, roles -------------------------------------------------------------------------

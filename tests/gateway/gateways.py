@@ -202,4 +202,5 @@ async def gateway(
         )
         made = Gateway(served, node, stubs, http)
         await made.until(lambda: len(served.shell.scheduler.workers) == len(workers))
+        await made.until(lambda: served.shell.predictor.version == "base")
         yield made

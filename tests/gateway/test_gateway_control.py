@@ -13,6 +13,7 @@ from gateway.gateways import gateway
 from maestro_agents.protocol import END, START, CallIdentity, ConfigError, Edge, Stage, Workflow
 from maestro_agents.testing import Latency
 from maestro_backend.gateway import Feed, serving
+from maestro_backend.predictor import CallOutcome, CallShape
 
 TEAM = Workflow(
     name="team",
@@ -144,6 +145,9 @@ async def test_the_shortest_run_goes_first(tmp_path: Path) -> None:
     """Two runs wait for one place: one has a whole stage ahead of it, the other is at its end."""
     async with gateway(tmp_path, window=1) as g:
         await g.http.put(URL, content=TEAM.model_dump_json())
+        for stage, tokens in (("plan", 200), ("write", 16)) * 20:
+            shape = CallShape("big", TEAM.id, stage, prompt_bytes=100)
+            g.shell.predictor.learn(shape, CallOutcome(25, tokens))
         with g.stubs["big"].paused():
             calls = [asyncio.create_task(g.chat(text="first"))]
             await g.until(lambda: len(g.stubs["big"].requests) == 1)

@@ -110,7 +110,7 @@ async def test_what_the_store_holds_replays_to_the_rows_that_were_served(tmp_pat
     async with gateway(tmp_path, output_tokens=9) as g:
         await g.until(lambda: g.shell.predictor.estimator is not None)
         await _team(g, "r1")
-        wanted = {call: live.estimate for call, live in g.shell.learning.remembered()}
+        wanted = {call: live.estimate for call, live in g.shell.learning.remembered().items()}
         assert len(wanted) == 6
         runs = await asyncio.to_thread(g.shell.learning.stored)
     [run] = [run for run in runs if run.run == "r1"]
@@ -129,6 +129,9 @@ async def _team(g: Gateway, run: str) -> None:
         assert reply.status_code == 200
 
     await call("plan", "plan it\nplease")
-    await asyncio.gather(*(call("search", "s" * n) for n in (30, 60, 90)))
+    with g.stubs["big"].paused():
+        beside = [asyncio.create_task(call("search", "s" * n)) for n in (30, 60, 90)]
+        await g.until(lambda: len(g.stubs["big"].requests) == 4)
+    await asyncio.gather(*beside)
     await call("write", "```code```")
     await call("review", "well?")

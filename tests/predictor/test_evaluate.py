@@ -16,6 +16,8 @@ import pytest
 pytest.importorskip("lightgbm")
 pytest.importorskip("pyarrow")
 
+from predictor import recorded
+from predictor.recorded import team_run, team_runs, with_tokens
 from pyarrow import Table, parquet
 
 from maestro_backend.cli import main
@@ -33,7 +35,6 @@ from maestro_backend.evaluation import (
     train,
 )
 from maestro_backend.predictor import RunExamples, read_traces
-from predictor.recorded import team_run, team_runs, with_tokens
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 RECIPES = shortened(8)
@@ -153,6 +154,21 @@ def test_a_later_output_changes_nothing_that_was_said(trained: Trained, online: 
         assert np.array_equal(said(first, run, 7), said(second, run, 7))
 
 
+@pytest.mark.parametrize("online", [False, True])
+def test_a_call_beside_changes_nothing_that_was_said(trained: Trained, online: bool) -> None:
+    """0, then 1 and 2 side by side, then 3 after both."""
+    parents = ((), (0,), (0,), (1, 2))
+    calls = [
+        recorded.call("fork", at, 100, parents=after, app="team")
+        for at, after in enumerate(parents)
+    ]
+    run = RunExamples("made_up", "fork", tuple(calls))
+    first = predict(trained, [run], online=online)
+    second = predict(trained, [with_tokens(run, 1, 6000)], online=online)
+    assert np.array_equal(said(first, run, 3), said(second, run, 3))
+    assert not np.array_equal(said(first, run, 4), said(second, run, 4))
+
+
 def test_online_learns_from_earlier_runs_and_frozen_does_not(trained: Trained) -> None:
     runs = [team_run(number, app="stranger", source="strange", scale=20.0) for number in range(12)]
     changed = [with_tokens(runs[0], 0, 3), *runs[1:]]
@@ -181,7 +197,8 @@ def test_every_call_is_predicted_once_with_sources_taking_turns(trained: Trained
     assert turns[:3] == ["made_up", "other", "made_up"] or turns[:2].count("made_up") == 2
     assert [r for r in interleaved(runs) if r.source == "made_up"] == runs[:8]
     predicted = predict(trained, runs, online=True)
-    assert len(predicted) == len({*zip(predicted.sources, predicted.runs, predicted.index)})
+    calls = zip(predicted.sources, predicted.runs, predicted.index, strict=True)
+    assert len({*calls}) == len(predicted)
     assert len(predicted) == sum(len(run.calls) for run in runs)
 
 
@@ -244,7 +261,7 @@ def test_intervals_hold_what_they_are_about(trained: Trained) -> None:
     assert intervals(predicted, resamples=200) == found
 
 
-# --- the commands ----------------------------------------------------------------------------------
+# --- the commands --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("online", [False, True])
@@ -313,7 +330,7 @@ def test_the_dump_numbers_calls_as_the_trace_does(folder: Path, tmp_path: Path) 
 def test_what_is_trained_is_what_is_read(trained: Trained, tmp_path: Path) -> None:
     save_trained(trained, tmp_path / "model")
     again = load_trained(tmp_path / "model")
-    runs = apps(6)
+    runs = team_runs(6, app="new prompts")  # what is known of one very prompt is not saved
     for online in (False, True):
         first, second = (predict(one, runs, online=online) for one in (trained, again))
         for name in ARRAYS:
@@ -368,7 +385,7 @@ def test_a_model_without_baselines_leaves_their_figures_out(
     assert found["t_rem"]["mae_tokens"] is not None
 
 
-# --- mistakes --------------------------------------------------------------------------------------
+# --- mistakes ------------------------------------------------------------------------------------
 
 
 def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -33,6 +33,8 @@ _MAX_RUNS = 10_000
 _MAX_STAGES = 10_000
 _MAX_CALLS = 2_000
 """After so many finished calls a run counts as a new one (ours)."""
+_STALE = 16
+"""What is expected of a stage is made anew after so many runs have ended (ours)."""
 _SILENT_S = 600.0
 """A run without a call for so long is over (ours)."""
 _NEWEST = 0.2
@@ -102,12 +104,17 @@ class Predictor:
         self.estimator: Estimator | None = None
         self.tables = Tables()
         self._failed = False
+        self._learned = 0
+        self._expected: Recent[tuple[str, str, str, str, int], tuple[int, Length]] = Recent(
+            _MAX_STAGES
+        )
         if model is not None:
             self.use(Estimator(model), version)
 
     def use(self, estimator: Estimator | None, version: str) -> None:
         """From now on predict with this model and its tables; None: by the tables as they are."""
         self.estimator, self.version, self._failed = estimator, version, False
+        self._expected.clear()
         if estimator is not None:
             self.tables = estimator.tables
 
@@ -116,6 +123,20 @@ class Predictor:
     def predict(self, shape: CallShape) -> Prediction:
         """By plain tables, of a call that is in no run yet."""
         return self._prediction(shape, self.tables.length(keys_of(shape, 0, 0)))
+
+    def expect(self, shape: CallShape) -> Prediction:
+        """By the model, of a call that is still to come: as if it were the first of its run.
+
+        Remembered for some time, so that a forecast costs little.
+        """
+        octave = self._sized(shape).prompt_tokens.bit_length()
+        key = shape.workflow, shape.stage, shape.role, shape.model, octave
+        known = self._expected.get(key)
+        if known is None or self._learned - known[0] >= _STALE:
+            sized = self._sized(shape) if shape.prompt_bytes else shape
+            [made] = self.foretell([LiveCall(sized, keys_of(shape, 0, 0), History())])
+            known = self._expected[key] = self._learned, made.length
+        return self._prediction(shape, known[1])
 
     def arrive(self, run: str | None, shape: CallShape, now: float) -> LiveCall:
         """A call has arrived; follow with `finish` or `drop`."""
@@ -211,6 +232,7 @@ class Predictor:
             self.estimator.learn_call(call.keys, call.estimate, example.length)
         if run is None:
             learn_run(RunExamples(LIVE, "", (example,)), self.tables)
+            self._learned += 1
             return example
         run.pasts.end(example, call.history, self.tables.residual(call.keys, example.length))
         run.frontier.difference_update(call.parents)
@@ -263,6 +285,7 @@ class Predictor:
                 if index in run.estimates:
                     self.estimator.learn_rest(*run.estimates[index], rest)
         learn_run(examples, self.tables)
+        self._learned += 1
 
     def _learn_rates(self, shape: CallShape, outcome: CallOutcome) -> None:
         rates = self._rates.setdefault(shape.model, Rates())

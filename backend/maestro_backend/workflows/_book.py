@@ -40,6 +40,8 @@ from ._run import Run
 _MAX_RUNS = 10_000
 _MAX_WORKFLOWS = 1_000
 """Kept: the runs heard of last, the workflows put last (ours)."""
+_NEAR = 32
+"""Stages of a forecast that the model predicts; plain tables do for the others (ours)."""
 _MAX_PAUSED = 100
 """Paused runs of one conversation that are known to be (ours)."""
 
@@ -380,7 +382,8 @@ class WorkflowBook:
 
         def predict(stage: Stage) -> core.ForecastCall | None:
             if stage.path not in expected:
-                expected[stage.path] = self._expected_call(run, stage)
+                near = len(expected) < _NEAR
+                expected[stage.path] = self._expected_call(run, stage, near=near)
             return expected[stage.path]
 
         reached = Reach(workflow, habits, past).of(starts)
@@ -413,7 +416,7 @@ class WorkflowBook:
     def _habits_of(self, run: Run) -> Habits:
         return self.outlook.habits(run, self._habits, learned=run.workflow not in self.workflows)
 
-    def _expected_call(self, run: Run, stage: Stage) -> core.ForecastCall | None:
+    def _expected_call(self, run: Run, stage: Stage, *, near: bool) -> core.ForecastCall | None:
         chance = self._memory.calls_chance(run.workflow, stage)
         if not chance:
             return None
@@ -426,7 +429,7 @@ class WorkflowBook:
             prompt_bytes=facts.prompt_bytes,
             max_tokens=facts.max_tokens,
         )
-        predicted = self._predictor.predict(shape)
+        predicted = self._predictor.expect(shape) if near else self._predictor.predict(shape)
         prompt = run.log.prompts.get(stage.path)
         if prompt is not None:
             grown = self.outlook.journeys.growth_tokens(run.workflow, stage.path, shape.role)

@@ -24,6 +24,8 @@ from maestro_backend.cli import main
 from maestro_backend.evaluation import (
     BASELINES,
     Predicted,
+    Rest,
+    RestMix,
     Trained,
     interleaved,
     intervals,
@@ -259,6 +261,18 @@ def test_intervals_hold_what_they_are_about(trained: Trained) -> None:
     low, high = found["macro"]["gain over role_median"]
     assert -1.0 < low <= high < 1.0
     assert intervals(predicted, resamples=200) == found
+
+
+def test_the_rest_of_a_run_leans_on_whoever_was_right_about_the_app() -> None:
+    mix, trees, journeys = RestMix(), Rest(1000.0, 2000.0), Rest(100.0, 400.0)
+    before = mix.of("app", trees, journeys)
+    assert journeys.p50 < before.p50 < trees.p50
+    assert journeys.p90 < before.p90 < trees.p90
+    mix.learn("app", [(trees, journeys)] * 50, [100.0] * 50)
+    assert mix.of("app", trees, journeys).p50 == pytest.approx(100.0, rel=0.05)
+    assert mix.of("another", trees, journeys) == before
+    mix.learn("app", [(trees, journeys)] * 400, [1000.0] * 400)
+    assert mix.of("app", trees, journeys).p50 == pytest.approx(1000.0, rel=0.05)
 
 
 # --- the commands --------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ from math import nan
 import numpy as np
 import numpy.typing as npt
 
-from maestro_backend.predictor import Estimate, Estimator, Example, RunExamples
+from maestro_backend.predictor import Estimate, Estimator, Example, RunExamples, app_of
 from maestro_backend.predictor._features import FEATURES
 from maestro_backend.predictor._replay import remaining
 
 from ._forecast_state import copied
 from ._futures import Forecaster, Foreseen
 from ._model_folder import Trained
+from ._rest import Rest, RestMix
 
 RESERVABLE = 4096
 """Output tokens that a call without a bound may take: what is reserved without a prediction."""
@@ -42,8 +43,9 @@ class Predicted:
     """Calls, each with what was said of it. All are output tokens of one choice, (calls,) each.
 
     `point` is the predicted median; `p50` to `p99` the calibrated quantiles. `rest` is T_rem: the
-    longest way from the call, itself included, to the end of its run; `paper_rest` is the paper's
-    conditional median of it (nan where nothing was learned). `baselines` are point predictions.
+    longest way from the call, itself included, to the end of its run; `rest_p50` and `rest_p90` are
+    said of it (`RestMix`), `paper_rest` is the paper's conditional median (nan where nothing was
+    learned). `baselines` are point predictions.
     """
 
     sources: Names
@@ -100,17 +102,21 @@ def predict(
     if online:
         forecaster = copied(forecaster) if forecaster else Forecaster()
     collector = _Collector()
+    mix = RestMix()
     for run in interleaved(runs) if online else runs:
         usual = estimator.tables.read(("all",)).median
         if online:
             estimates = estimator.follow(run)
         else:
             estimates = [estimate for _, estimate in estimator.replayed(run)]
-        collector.add(run, estimates, usual)
-        if forecaster is not None:
-            collector.foresee(forecaster, run, estimates)
-            if online:
-                forecaster.learn(run)
+        foreseen = [] if forecaster is None else _foreseen(forecaster, run, estimates)
+        said = _said(estimates, foreseen)
+        app = app_of(run.workflow)
+        rest = [mix.of(app, *both) for both in said]
+        collector.add(run, estimates, foreseen, rest, usual)
+        if online and forecaster is not None:
+            forecaster.learn(run)
+            mix.learn(app, said, remaining(run))
     return collector.predicted(trained)
 
 
@@ -142,28 +148,46 @@ def joined(first: Predicted, second: Predicted) -> Predicted:
     return Predicted(**arrays, baselines=baselines, foreseen=foreseen)
 
 
+def _foreseen(
+    forecaster: Forecaster, run: RunExamples, estimates: Sequence[Estimate]
+) -> list[Foreseen]:
+    current = {
+        (call.run, call.index): estimate.p50
+        for call, estimate in zip(run.calls, estimates, strict=True)
+    }
+    return [*forecaster.judge(run, current)]
+
+
+def _said(estimates: Sequence[Estimate], foreseen: Sequence[Foreseen]) -> list[tuple[Rest, Rest]]:
+    """Of the rest of the run, by the trees and by the journeys; by the trees alone, if need be."""
+    trees = [Rest(one.rest_p50, one.rest_p90) for one in estimates]
+    journeys = [Rest(one.p50, one.p90) for one in foreseen] or trees
+    return [*zip(trees, journeys, strict=True)]
+
+
 class _Collector:
     def __init__(self) -> None:
         self.calls: list[Example] = []
         self.estimates: list[Estimate] = []
-        self.rest: list[float] = []
+        self.rest: list[Rest] = []
+        self.actual_rest: list[float] = []
         self.usual: list[float] = []
         self.foreseen: list[Foreseen] = []
 
-    def add(self, run: RunExamples, estimates: Sequence[Estimate], usual: float) -> None:
+    def add(
+        self,
+        run: RunExamples,
+        estimates: Sequence[Estimate],
+        foreseen: Sequence[Foreseen],
+        rest: Sequence[Rest],
+        usual: float,
+    ) -> None:
         self.calls += run.calls
         self.estimates += estimates
-        self.rest += remaining(run)
+        self.foreseen += foreseen
+        self.rest += rest
+        self.actual_rest += remaining(run)
         self.usual += [usual] * len(run.calls)
-
-    def foresee(
-        self, forecaster: Forecaster, run: RunExamples, estimates: Sequence[Estimate]
-    ) -> None:
-        current = {
-            (call.run, call.index): estimate.p50
-            for call, estimate in zip(run.calls, estimates, strict=True)
-        }
-        self.foreseen += forecaster.judge(run, current)
 
     def predicted(self, trained: Trained) -> Predicted:
         found = self.estimates
@@ -182,9 +206,9 @@ class _Collector:
             p90=np.array([one.p90 for one in found]),
             p95=np.array([one.p95 for one in found]),
             p99=np.array([one.p99 for one in found]),
-            rest=np.array(self.rest),
-            rest_p50=np.array([one.rest_p50 for one in found]),
-            rest_p90=np.array([one.rest_p90 for one in found]),
+            rest=np.array(self.actual_rest),
+            rest_p50=np.array([one.p50 for one in self.rest]),
+            rest_p90=np.array([one.p90 for one in self.rest]),
             paper_rest=np.array([one.paper for one in self.foreseen] or unknown),
             baselines=baselines,
             foreseen=tuple(self.foreseen),

@@ -24,8 +24,6 @@ from maestro_backend.cli import main
 from maestro_backend.evaluation import (
     BASELINES,
     Predicted,
-    Rest,
-    RestMix,
     Trained,
     interleaved,
     intervals,
@@ -37,6 +35,8 @@ from maestro_backend.evaluation import (
     train,
 )
 from maestro_backend.predictor import RunExamples, read_traces
+from maestro_backend.scheduler import Rest
+from maestro_backend.workflows import RestMix
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 RECIPES = shortened(8)

@@ -18,7 +18,6 @@ from ._model_folder import load as load_trained
 from ._model_folder import save as save_trained
 from ._prediction_time import prediction_ms
 from ._predictions import Predicted, interleaved, joined, predict
-from ._rest import Rest, RestMix
 from ._score import ChoiceScore, Score, score, spread
 
 __all__ = [
@@ -33,8 +32,6 @@ __all__ = [
     "Foreseen",
     "JournalBook",
     "Predicted",
-    "Rest",
-    "RestMix",
     "Score",
     "Stepped",
     "Trained",

@@ -17,11 +17,12 @@ import numpy.typing as npt
 from maestro_backend.predictor import Estimate, Estimator, Example, RunExamples, app_of
 from maestro_backend.predictor._features import FEATURES
 from maestro_backend.predictor._replay import remaining
+from maestro_backend.scheduler import Rest
+from maestro_backend.workflows import RestMix
 
 from ._forecast_state import copied
 from ._futures import Forecaster, Foreseen
 from ._model_folder import Trained
-from ._rest import Rest, RestMix
 
 RESERVABLE = 4096
 """Output tokens that a call without a bound may take: what is reserved without a prediction."""

@@ -9,6 +9,7 @@ from ._model import Model, base_model, load_model
 from ._predictor import LIVE, LiveCall, Prediction, Predictor
 from ._rates import Rates
 from ._recent import Recent
+from ._replay import remaining
 from ._survival import refreshed
 from ._tables import CLASS_DEFAULT, Tables, app_of
 from ._traces import read_traces
@@ -40,4 +41,5 @@ __all__ = [
     "load_model",
     "read_traces",
     "refreshed",
+    "remaining",
 ]

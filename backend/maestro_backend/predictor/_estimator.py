@@ -11,10 +11,10 @@ from ._call import CallShape, RunExamples
 from ._corrections import Corrections
 from ._features import features
 from ._history import History
-from ._matrix import Matrix, Vector, learn_run
+from ._matrix import Matrix, Vector, follow_run
 from ._model import Model
 from ._offsets import Offsets
-from ._replay import remaining, replay_run
+from ._replay import replay_run
 from ._tables import Keys
 
 
@@ -42,7 +42,7 @@ class Estimator:
         self.model = model
         self.tables = model.tables.copy()
         self.offsets = Offsets.restore(model.offsets.state())
-        self.rest_offsets = Offsets.restore(model.rest_offsets.state())
+        self.rest_offsets = model.rest_offsets
         self.corrections = Corrections()
 
     def row(self, shape: CallShape, keys: Keys, history: History) -> list[float]:
@@ -83,20 +83,14 @@ class Estimator:
         self.corrections.learn(keys.stage, float(estimate.raw[0]), actual)
 
     def learn_run(self, run: RunExamples) -> None:
-        """A run has ended: the tables remember its calls."""
-        learn_run(run, self.tables)
-
-    def learn_rest(self, keys: Keys, estimate: Estimate, rest: float) -> None:
-        """What was left of the run at a call is known once the run has ended."""
-        score = np.log2(1.0 + rest) - estimate.raw[5:6]
-        self.rest_offsets.learn(str(keys.app[1]), np.asarray(score))
+        """A run has ended: the tables remember its calls, and forget old ones by and by."""
+        follow_run(run, self.tables)
 
     def follow(self, run: RunExamples) -> list[Estimate]:
         """Estimate a recorded run, then learn from it."""
         found = self.replayed(run)
-        for (keys, estimate), call, rest in zip(found, run.calls, remaining(run), strict=True):
+        for (keys, estimate), call in zip(found, run.calls, strict=True):
             self.learn_call(keys, estimate, call.length)
-            self.learn_rest(keys, estimate, rest)
         self.learn_run(run)
         return [estimate for _, estimate in found]
 

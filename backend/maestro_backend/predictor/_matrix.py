@@ -91,6 +91,12 @@ def learn_run(run: RunExamples, tables: Tables) -> list[Known]:
     return known
 
 
+def follow_run(run: RunExamples, tables: Tables) -> None:
+    """As `learn_run`, online: old calls are forgotten by and by."""
+    for one in known_of(run, tables):
+        tables.learn(one.keys, one.tokens, one.future, one.residual)
+
+
 def training_rows(runs: Sequence[RunExamples], seed: int = 0) -> Rows:
     """Rows of known apps, by folds of tasks, and of the same apps as if they were new.
 

@@ -14,11 +14,11 @@ from maestro_backend.scheduler import Length
 from ._call import UNKNOWN, CallOutcome, CallShape, Example, RunExamples
 from ._estimator import Estimate, Estimator
 from ._history import History
-from ._matrix import learn_run
+from ._matrix import follow_run
 from ._model import Model
 from ._rates import Rates
 from ._recent import Recent
-from ._replay import Pasts, remaining
+from ._replay import Pasts
 from ._tables import Keys, Tables, keys_of
 
 _log = logging.getLogger("maestro.predictor")
@@ -86,7 +86,6 @@ class _Run:
     last_end: float = nan
     over: bool = False
     closed: bool = False
-    estimates: dict[int, tuple[Keys, Estimate]] = field(default_factory=dict)
 
 
 class Predictor:
@@ -231,14 +230,12 @@ class Predictor:
         ):
             self.estimator.learn_call(call.keys, call.estimate, example.length)
         if run is None:
-            learn_run(RunExamples(LIVE, "", (example,)), self.tables)
+            follow_run(RunExamples(LIVE, "", (example,)), self.tables)
             self._learned += 1
             return example
         run.pasts.end(example, call.history, self.tables.residual(call.keys, example.length))
         run.frontier.difference_update(call.parents)
         run.frontier.add(index)
-        if call.estimate is not None:
-            run.estimates[index] = call.keys, call.estimate
         self._leave(run, now)
         return example
 
@@ -280,11 +277,7 @@ class Predictor:
         run.closed = True
         calls = tuple(run.pasts.calls[index] for index in range(len(run.pasts.calls)))
         examples = RunExamples(LIVE, run.name, calls)
-        if self.estimator is not None:
-            for index, rest in enumerate(remaining(examples)):
-                if index in run.estimates:
-                    self.estimator.learn_rest(*run.estimates[index], rest)
-        learn_run(examples, self.tables)
+        follow_run(examples, self.tables)
         self._learned += 1
 
     def _learn_rates(self, shape: CallShape, outcome: CallOutcome) -> None:

@@ -45,11 +45,12 @@ _NOTHING = Summary(0.0, 0.0, 0.0, 0.0)
 class Keys:
     """Under what a call is remembered, the most exact first; "" stands for not known.
 
-    `same`: calls of the same stage with a prompt of the very same size, such as a task done again.
+    `same`: calls of the same stage with a prompt of the very same size, such as a task done again;
+    None where the size is unknown.
     `step` tells how many calls the run has made.
     """
 
-    same: Key
+    same: Key | None
     model: Key
     index: Key
     stage: Key
@@ -76,9 +77,10 @@ def app_of(workflow: str) -> str:
 def keys_of(shape: CallShape, index: int, calls: int) -> Keys:
     """`index` counts the finished calls of this stage and role in the run, `calls` all of them."""
     app, stage, role = app_of(shape.workflow), shape.stage, shape.role
+    sizes = shape.prompt_chars, shape.prompt_lines, shape.code_chars
     wanted = shape.output_format or shape.tool_choice or str(shape.tools > 0)
     return Keys(
-        same=("same", app, stage, role, shape.prompt_chars, shape.prompt_lines, shape.code_chars),
+        same=(app, stage, role, *sizes) if shape.prompt_chars >= 0 else None,
         model=("model", app, stage, role, shape.model),
         index=("index", app, stage, role, min(index, _MAX_INDEX)),
         stage=("stage", app, stage, role),
@@ -150,33 +152,34 @@ class Tables:
 
     def repeated(self, keys: Keys) -> tuple[float, float]:
         """Mean of log2(1 + tokens) of calls with a prompt of this size, and how many there were."""
-        total, count = self.same.get(keys.same, (0.0, 0.0))
+        total, count = self.same.get(keys.same, (0.0, 0.0)) if keys.same else (0.0, 0.0)
         return total / max(1.0, count), count
 
     def add(
         self, keys: Keys, tokens: float, future: float, residual: float, weight: float = 1.0
     ) -> None:
         """Remember a call's output, and what its run produced after it; weight -1 undoes it."""
-        total, count = self.same.get(keys.same, (0.0, 0.0))
-        self.same[keys.same] = total + weight * log2(1.0 + max(0.0, tokens)), count + weight
         for key in keys.lengths():
             self.sketches.use(key, Sketch).add(tokens, weight)
         for key in keys.futures():
             self.futures.use(key, Sketch).add(future, weight)
-        total, count = self.means.get(keys.verbosity, (0.0, 0.0))
-        self.means[keys.verbosity] = total + weight * residual, count + weight
+        self._add_means(keys, tokens, residual, weight)
 
-    def learn(self, keys: Keys, tokens: float, future: float) -> None:
+    def learn(self, keys: Keys, tokens: float, future: float, residual: float) -> None:
         """As `add`, but forgetting old calls by and by."""
-        residual = self.residual(keys, tokens)
-        total, count = self.same.get(keys.same, (0.0, 0.0))
-        self.same[keys.same] = total + log2(1.0 + max(0.0, tokens)), count + 1
         for key in keys.lengths():
             self.sketches.use(key, Sketch).follow(tokens)
         for key in keys.futures():
             self.futures.use(key, Sketch).follow(future)
+        self._add_means(keys, tokens, residual, 1.0)
+
+    def _add_means(self, keys: Keys, tokens: float, residual: float, weight: float) -> None:
         total, count = self.means.get(keys.verbosity, (0.0, 0.0))
-        self.means[keys.verbosity] = total + residual, count + 1
+        self.means[keys.verbosity] = total + weight * residual, count + weight
+        if keys.same is not None:
+            total, count = self.same.get(keys.same, (0.0, 0.0))
+            value = log2(1.0 + max(0.0, tokens))
+            self.same[keys.same] = total + weight * value, count + weight
 
     # --- files ----------------------------------------------------------------------------------
 

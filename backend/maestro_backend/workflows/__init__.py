@@ -11,6 +11,7 @@ from ._journeys import Journeys, Step, steps
 from ._memory import StageFacts, StageMemory
 from ._nouns import Expected, Habits, Past
 from ._position import Position
+from ._rest_mix import RestMix
 from ._run import Run
 from ._transitions import Numbers, Transitions
 
@@ -26,6 +27,7 @@ __all__ = [
     "Numbers",
     "Past",
     "Position",
+    "RestMix",
     "Run",
     "StageFacts",
     "StageMemory",

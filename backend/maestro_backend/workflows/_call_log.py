@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import isnan
 
 from maestro_backend.predictor import CallOutcome, CallShape, Example, Recent, RunExamples
-from maestro_backend.scheduler import Length
+from maestro_backend.scheduler import Length, Rest
 
 from ._futures import NO_FUTURE, Future
 from ._journey import Journey
@@ -60,6 +60,7 @@ class CallLog:
     _parents: dict[int, tuple[int, ...]] = field(default_factory=dict)
     _shapes: dict[int, CallShape] = field(default_factory=dict)
     _outcomes: dict[int, CallOutcome] = field(default_factory=dict)
+    _said: dict[int, tuple[Rest, Rest]] = field(default_factory=dict)
 
     def arrive(
         self, stage: str, instance: int, shape: CallShape, current: Length, now: float
@@ -105,6 +106,17 @@ class CallLog:
             if other.ended < call.arrived:
                 del self.ended[index]
         self.ended[call.index] = call
+
+    def say(self, call: Logged, trees: Rest, journeys: Rest) -> None:
+        """What was predicted of the rest of the run at a call, both ways."""
+        if call.index < _MAX_CALLS:
+            self._said[call.index] = trees, journeys
+
+    def said(self, actual: Sequence[float]) -> tuple[list[tuple[Rest, Rest]], list[float]]:
+        """What was said of the calls in `examples`, and what came (`actual`, one per example)."""
+        came = dict(zip(sorted(self._outcomes), actual, strict=True))
+        known = [index for index in came if index in self._said]
+        return [self._said[index] for index in known], [came[index] for index in known]
 
     def at(self, stage: str) -> Journey | None:
         """The run's past up to and with the last call of the stage, if that is where it stands."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import exp2, hypot, log2
 
 from maestro_agents.protocol import END, START, Workflow
-from maestro_backend.predictor import CallOutcome, CallShape, Prediction, Recent, app_of
+from maestro_backend.predictor import CallOutcome, CallShape, Prediction, Recent, app_of, remaining
 from maestro_backend.scheduler import Rest
 
 from ._call_log import CallLog, Logged
@@ -16,6 +16,7 @@ from ._journey import Journey
 from ._journeys import Journeys, steps
 from ._learned_graph import LearnedGraphs, LearnedTransitions, LearnedWidths
 from ._nouns import Habits
+from ._rest_mix import RestMix
 from ._run import Run
 
 SILENT_S = 60.0
@@ -32,6 +33,7 @@ class Outlook:
 
     def __init__(self) -> None:
         self.journeys = Journeys()
+        self._mix = RestMix()
         self._graphs = LearnedGraphs(self.journeys)
         self._unheard: Recent[str, Run] = Recent(_MAX_SILENT)
 
@@ -61,13 +63,14 @@ class Outlook:
         call = run.log.find(stage, instance)
         if call is None:
             return
-        call.current = prediction.length
-        if prediction.rest is not None:
-            p50, p90 = prediction.rest
-            own = prediction.length
-            ahead = max(0.0, p50 - own.p50), max(0.0, p90 - own.p50)
-            runs = max(call.future.runs, _MODEL_RUNS)
-            call.future = Future(ahead[0], max(ahead), call.future.calls, runs)
+        own = call.current = prediction.length
+        if prediction.rest is None:
+            return
+        trees, journeys = Rest(*prediction.rest), _rest(call, True, None)
+        run.log.say(call, trees, journeys)
+        mixed = self._mix.of(app_of(run.workflow), trees, journeys)
+        p50, p90 = max(0.0, mixed.p50 - own.p50), max(0.0, mixed.p90 - own.p50)
+        call.future = Future(p50, p90, mixed.calls, max(call.future.runs, _MODEL_RUNS))
 
     def ended(
         self, run: Run, stage: str, instance: int, outcome: CallOutcome | None, now: float
@@ -89,6 +92,7 @@ class Outlook:
             self.journeys.branches.learn(app, leaves[-1].after, END)
         if log.whole:
             examples = log.examples(run.run, run.workflow)
+            self._mix.learn(app, *log.said(remaining(examples)))
             self.journeys.learn_rest(examples, list(steps(examples)))
 
     def _end_silent(self, now: float) -> None:

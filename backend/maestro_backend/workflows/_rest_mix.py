@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import log2
 
 from maestro_backend.predictor import Recent
+from maestro_backend.scheduler import Rest
 
 _POWER = 4.0
 """How fast trust goes to the better one: weights are errors to the minus fourth (ours)."""
@@ -21,14 +22,6 @@ _TREES, _JOURNEYS = 1.0, 1.5
 _MEMORY = 200
 """Calls that the running errors go back (ours)."""
 _MAX_APPS = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """Output tokens from a call, itself included, to the end of its run: median and 90 %."""
-
-    p50: float
-    p90: float
 
 
 @dataclass(slots=True)
@@ -60,7 +53,8 @@ class RestMix:
         """What to believe of a call that is about to run."""
         weight = self._errors.get(app, _Errors()).weight()
         p50 = _between(weight, trees.p50, journeys.p50)
-        return Rest(p50, max(p50, _between(weight, trees.p90, journeys.p90)))
+        p90 = max(p50, _between(weight, trees.p90, journeys.p90))
+        return Rest(p50, p90, journeys.calls)
 
     def learn(self, app: str, said: Sequence[tuple[Rest, Rest]], actual: Sequence[float]) -> None:
         """A run has ended: what trees and journeys had said of each call, and what came."""

@@ -84,7 +84,7 @@ async def test_a_model_that_breaks_costs_no_call(
         monkeypatch.setattr(estimator, "estimates", broken)
         for run in ("a", "b"):
             assert (await g.chat(headers=headers(run))).status_code == 200
-        assert caplog.text.count("from now on plain tables predict") == 1
+        assert caplog.text.count("plain tables predict") == 1
 
 
 async def test_a_second_gateway_on_one_store_serves_without_it(
@@ -94,7 +94,8 @@ async def test_a_second_gateway_on_one_store_serves_without_it(
         (tmp_path / "two").mkdir()
         config = one.shell.config.model_copy(update={"state_dir": tmp_path})
         async with gateway(tmp_path / "two") as other:
-            learning = type(other.shell.learning)(config, other.shell.predictor)
+            journeys = other.shell.book.outlook.journeys
+            learning = type(other.shell.learning)(config, other.shell.predictor, journeys)
             async with learning.running():
                 await other.until(lambda: "not stored" in caplog.text)
         assert (await one.chat(headers=headers("r"))).status_code == 200
@@ -118,3 +119,42 @@ async def test_a_run_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[
         again = (await g.http.get("/v1/maestro/runs/team%2Frun%201/explain")).json()
         assert [call["output_tokens"] for call in again["calls"]] == [9, 9]
         assert (await g.http.get("/v1/maestro/runs/nobody/explain")).status_code == 404
+
+
+@pytest.mark.parametrize("where", ["call_arrived", "call_predicted", "call_ended"])
+async def test_a_defect_in_the_forecast_costs_no_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    async with gateway(tmp_path) as g:
+
+        def broken(*_: object, **__: object) -> None:
+            raise RuntimeError("a broken forecast")
+
+        monkeypatch.setattr(g.shell.book, where, broken)
+        assert (await g.chat(headers=headers("r"))).status_code == 200
+        await g.until(lambda: not g.shell.scheduler.calls.by_id)
+        assert not g.shell.scheduler.ledger.claims["n/big"].reservations
+
+
+async def test_a_defect_in_learning_costs_no_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with gateway(tmp_path) as g:
+
+        def broken(*_: object, **__: object) -> None:
+            raise RuntimeError("broken tables")
+
+        monkeypatch.setattr(g.shell.predictor, "finish", broken)
+        assert (await g.chat(headers=headers("r"))).status_code == 200
+        await g.until(lambda: not g.shell.scheduler.calls.by_id)
+        assert not g.shell.scheduler.ledger.claims["n/big"].reservations
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "n"])
+async def test_an_absurd_number_is_refused_and_harms_nobody(tmp_path: Path, field: str) -> None:
+    async with gateway(tmp_path) as g:
+        reply = await g.chat(headers=headers("r"), **{field: 10**400})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+        await g.chat(headers=headers("s"))
+        answer = (await g.http.get("/v1/maestro/runs/s/explain")).json()
+        assert answer["calls"][0]["version"] == "base"

@@ -282,3 +282,33 @@ def test_siblings_are_no_past_of_each_other() -> None:
         predictor.finish(call, CallOutcome(100, 50), 3.0)
     assert predictor.arrive("r", shape, 7.0).parents == (1, 2, 3)
     assert predictor.arrive("r", shape, 7.0).shape.gap_s == pytest.approx(4.0)
+
+
+def test_one_impossible_call_does_not_cost_the_others_their_model(model: Model) -> None:
+    predictor = Predictor(model, "v1")
+    good = predictor.arrive(None, CallShape("m", "team", "code", "coder", 4000), 0.0)
+    bad = predictor.arrive(None, replace(good.shape, max_tokens=10**400), 0.0)
+    first, second = predictor.foretell([good, bad])
+    assert (first.version, second.version) == ("v1", "")
+
+
+def test_a_reply_that_was_cut_off_says_nothing_of_the_models_error(model: Model) -> None:
+    predictor = Predictor(model, "v1")
+    assert predictor.estimator is not None
+    shape = CallShape("m", "team", "code", "coder", 4000, max_tokens=8)
+    before = predictor.estimator.offsets.of("team").copy()
+    for _ in range(50):
+        call = predictor.arrive(None, shape, 0.0)
+        predictor.foretell([call])
+        predictor.finish(call, CallOutcome(1000, 8, finish="length"), 1.0)
+    assert (predictor.estimator.offsets.of("team") == before).all()
+
+
+def test_a_wide_run_stays_cheap() -> None:
+    """Where many strands run side by side, a call looks back at its last 200 ancestors."""
+    predictor = Predictor()
+    shape = CallShape("m", "w@1", "search", "searcher", prompt_bytes=400)
+    for _ in range(300):
+        for call in [predictor.arrive("r", shape, 0.0) for _ in range(2)]:
+            predictor.finish(call, CallOutcome(100, 50), 1.0)
+    assert predictor.arrive("r", shape, 2.0).history.all.count == 200

@@ -38,7 +38,7 @@ def test_coverage_comes_back_after_habits_change() -> None:
         score = rng.gauss(0.0 if step < 1000 else 2.0, 1.0)
         covered.append(score <= offsets.of("app")[0])
         offsets.learn("app", np.array([score, score]))
-    assert sum(covered[1200:]) / 1800 == pytest.approx(0.9, abs=0.03)
+    assert sum(covered[1200:]) / 1800 == pytest.approx(0.9, abs=0.05)
 
 
 def test_offsets_go_through_json() -> None:

@@ -50,7 +50,7 @@ def test_an_unseen_stage_falls_back_to_its_role_and_an_unseen_role_to_the_defaul
 
 def test_old_lengths_are_forgotten() -> None:
     predictor = Predictor()
-    for tokens in [1000] * 600 + [10] * 600:
+    for tokens in [1000] * 5000 + [10] * 4000:
         predictor.learn(SHAPE, CallOutcome(100, tokens))
     assert predictor.predict(SHAPE).length.p50 == pytest.approx(10, rel=0.1)
 

@@ -32,7 +32,7 @@ def test_a_sketch_knows_quantiles_to_a_few_percent(scale: float) -> None:
 
 def test_a_sketch_forgets_old_habits() -> None:
     sketch = Sketch()
-    for value in [1000] * 3000 + [10] * 700:
+    for value in [1000] * 5000 + [10] * 4000:
         sketch.follow(value)
     assert 2 ** sketch.summary().median - 1 == pytest.approx(10, rel=0.1)
 

@@ -6,10 +6,11 @@ import json
 
 from hypothesis import given
 from hypothesis import strategies as st
-from scheduler.scenes import MOST, arrival, dispatched, node, scheduler, tiered
+from scheduler.scenes import MOST, arrival, dispatched, node, scheduler, tiered, worker
 
 from maestro_backend.scheduler import (
     CallFinished,
+    CallPredicted,
     CallProgress,
     ForecastCall,
     ForecastChanged,
@@ -96,3 +97,23 @@ def test_geometry_travels_in_recordings_and_older_ones_have_none() -> None:
     assert decode_event(written) == event
     del written["info"]["workers"][0]["kv_geometry"]
     assert decode_event(written) == NodeJoined(node(tiered()))
+
+
+def test_each_choice_holds_blocks_of_its_own() -> None:
+    """Eight choices of 4,000 tokens on a prompt of 1,000, of 8,192 tokens at most each."""
+    geometry = KvGeometry(1, (KvGroup(16, 512),))
+    assert geometry.blocks(1000 + 8 * 4000, 8) >= 2063
+    assert geometry.blocks(100_000) == 512
+    assert geometry.blocks(10**6, 8) == 8 * 512
+
+
+def test_a_better_prediction_raises_the_reservation_of_a_running_call() -> None:
+    world = scheduler(worker())
+    world.handle(arrival("c", kv=100), 1.0)
+    claim = world.ledger.claims["n/m"]
+    held = claim.reservations["c"]
+    world.handle(CallPredicted("c", Length(50, 200), 250, 1.0), 1.1)
+    assert claim.reservations["c"] == 250 > held
+    world.handle(CallPredicted("c", Length(5, 10), 20, 1.0), 1.2)
+    assert claim.reservations["c"] == 250, "it never shrinks"
+    world.validate()

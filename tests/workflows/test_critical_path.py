@@ -102,3 +102,58 @@ def test_the_same_question_has_the_same_answer() -> None:
 def test_nothing_to_come_is_certain() -> None:
     future, certain = rest(DIAMOND)
     assert (future.p50, future.calls, certain) == (0, 0, True)
+
+
+def graph(*edges: str, joins: tuple[Join, ...] = ()) -> Workflow:
+    """Certain edges, each written as source and target: "a b"."""
+    pairs = [edge.split() for edge in edges]
+    stages = dict.fromkeys(stage for pair in pairs for stage in pair)
+    return Workflow(
+        name="g",
+        stages=tuple(Stage(path=stage) for stage in stages),
+        edges=tuple(Edge(source=a, target=b) for a, b in pairs),
+        joins=joins,
+    )
+
+
+def test_where_ways_merge_the_longer_one_counts() -> None:
+    merging = graph("r x", "r w", "w y", "x z", "y z")
+    sizes = {"r": 1.0, "x": 10.0, "w": 100.0, "y": 100.0, "z": 500.0}
+    future, certain = rest(merging, Expected("r", 1.0), sizes=sizes)
+    assert (future.p50, future.calls, certain) == (701, 4, True)
+
+
+def test_the_longer_way_counts_though_the_shorter_one_has_more_stages() -> None:
+    merging = graph("r x", "x y", "y z", "r z", "r w", "w z")
+    sizes = {"r": 1.0, "x": 1.0, "y": 1.0, "w": 100.0, "z": 5.0}
+    future, _ = rest(merging, Expected("r", 1.0), sizes=sizes)
+    assert (future.p50, future.calls) == (106, 3)
+
+
+def test_calls_are_those_on_the_longest_way() -> None:
+    split = graph("a b1", "b1 b2", "b2 b3", "b3 b4", "a d", "d c")
+    sizes = dict.fromkeys(("a", "b1", "b2", "b3"), 10.0) | {"b4": 100.0, "d": 50.0, "c": 1000.0}
+    future, _ = rest(split, Expected("a", 1.0), sizes=sizes)
+    assert (future.p50, future.calls) == (1060, 3)
+
+
+def test_of_equally_long_ways_that_with_more_calls_counts() -> None:
+    split = graph("a b", "b c", "a d")
+    sizes = {"a": 10.0, "b": 10.0, "c": 10.0, "d": 20.0}
+    future, _ = rest(split, Expected("a", 1.0), sizes=sizes)
+    assert (future.p50, future.calls) == (30, 3)
+
+
+def test_a_call_ahead_of_its_stage_is_not_to_come_again() -> None:
+    chain = graph("a b", "b c")
+    sizes = {"a": 10.0, "b": 20.0, "c": 300.0}
+    future, certain = rest(
+        chain, Expected("b", 1.0), sizes=sizes, past=Past(ahead=lambda s: int(s == "b"))
+    )
+    assert (future.p50, future.calls, certain) == (300, 1, True)
+
+
+def test_a_loop_that_must_be_left_somewhere_ends() -> None:
+    loop = graph("a b", "b a")
+    future, _ = rest(loop, Expected("a", 1.0), sizes={"a": 10.0, "b": 1.0})
+    assert future.p50 == 44, "four rounds are foreseen"

@@ -80,12 +80,13 @@ class JournalBook(WorkflowBook):
         shape: CallShape,
         slo: Slo | None,
         now: float,
+        call: str = "",
     ) -> tuple[list[core.Event], float | None]:
-        told = super().call_arrived(identity, announcement, shape, slo, now)
+        told = super().call_arrived(identity, announcement, shape, slo, now, call)
         if identity.run and identity.stage:
-            call = (identity.run, identity.stage, identity.instance)
-            if call not in self._calls:
-                self._calls.add(call)
+            key = (identity.run, identity.stage, identity.instance)
+            if key not in self._calls:
+                self._calls.add(key)
                 self.journal.append(Arrived(identity.run, now, identity.stage, told[1]))
             visit = self._visit(self.runs[identity.run], identity.stage)
             self._think(identity.run, identity.stage, visit)
@@ -99,8 +100,9 @@ class JournalBook(WorkflowBook):
         now: float,
         outcome: CallOutcome | None = None,
         role: str = "",
+        call: str = "",
     ) -> list[core.Event]:
-        told = super().call_ended(identity, now, outcome, role)
+        told = super().call_ended(identity, now, outcome, role, call)
         if identity.run is not None and identity.run in self.runs:
             self._believe(identity.run, now)
         return told

@@ -123,11 +123,22 @@ class ChatCompletions:
         shell, identity = self._shell, request.identity
         name = f"call-{uuid.uuid4().hex[:16]}"
         live = shell.predictor.arrive(identity.run, _shape(request, model), shell.now())
+        try:
+            return self._enter(name, request, live, reply)
+        except BaseException:
+            shell.predictor.drop(live)
+            raise
+
+    def _enter(self, name: str, request: ChatRequest, live: LiveCall, reply: Reply) -> _Call:
+        shell, identity = self._shell, request.identity
         shape, prediction = live.shape, shell.predictor.quick(live)
-        events, lead_s = shell.book.call_arrived(
-            identity, request.annotation.announcement, shape, request.annotation.slo, shell.now()
-        )
-        shell.handle(*events)
+        lead_s = None
+        with shell.surviving("a call's arrival"):
+            announced, slo = request.annotation.announcement, request.annotation.slo
+            events, lead_s = shell.book.call_arrived(
+                identity, announced, shape, slo, shell.now(), call=name
+            )
+            shell.handle(*events)
         record = CallRecord(
             call=name,
             run=identity.run or "",
@@ -153,6 +164,7 @@ class ChatCompletions:
             tenant=request.annotation.tenant or "default",
             prompt_tokens=prediction.prompt_tokens,
             waits_for=shell.book.waits_for(identity),
+            choices=shape.n,
         )
         if identity.workflow and identity.workflow not in shell.book.workflows:
             reply.headers[HEADER_WORKFLOW] = "unknown"
@@ -170,8 +182,11 @@ class ChatCompletions:
         def told(prediction: Prediction) -> None:
             record.predicted_tokens = prediction.length.p50
             reply.headers[HEADER_PREDICTED_TOKENS] = str(round(prediction.length.p50))
-            events = self._shell.book.call_predicted(identity, record.role, prediction)
-            self._shell.handle(*events)
+            with self._shell.surviving("a prediction"):
+                events = self._shell.book.call_predicted(
+                    identity, record.role, prediction, call=record.call
+                )
+                self._shell.handle(*events)
 
         return told
 
@@ -238,7 +253,8 @@ class ChatCompletions:
 
     def _progress(self, call: _Call, tokens: int) -> None:
         """Report what the next `_PROGRESS_EVERY` tokens will need, before they need it."""
-        self._shell.progress(call.record.call, call.prompt_tokens, tokens)
+        generated = call.record.output_tokens
+        self._shell.progress(call.record.call, call.prompt_tokens, tokens, generated)
 
     def _settle(self, call: _Call, *, cancelled: bool = False) -> None:
         """Step 8. What the engine has said counts for more than how the connection ended."""
@@ -252,7 +268,6 @@ class ChatCompletions:
         else:
             usage = call.usage or Usage()
             outcome = self._outcome(call, usage)
-            self._shell.learn(record, call.live, outcome)
             counts = (usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
             self._end(call, CallStatus.DONE, CallFinished(record.call, *counts), outcome)
 
@@ -277,11 +292,14 @@ class ChatCompletions:
         event: CallFinished | CallFailed | CallCancelled,
         outcome: CallOutcome | None = None,
     ) -> None:
-        if status is not CallStatus.DONE:
-            self._shell.predictor.drop(call.live)
-        self._shell.end(call.record, status, event)
+        shell, record = self._shell, call.record
+        shell.end(record, status, event)
+        shell.learn(record, call.live, outcome)
         identity, role = call.request.identity, call.live.shape.role
-        self._shell.handle(*self._shell.book.call_ended(identity, self._shell.now(), outcome, role))
+        with shell.surviving("a call's end"):
+            shell.handle(
+                *shell.book.call_ended(identity, shell.now(), outcome, role, call=record.call)
+            )
 
 
 def _shape(request: ChatRequest, model: str) -> CallShape:

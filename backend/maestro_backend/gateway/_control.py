@@ -19,6 +19,8 @@ from ._records import ENDED, run_view
 from ._shell import Shell
 
 _SHOWN_RUNS = 50
+_EXPLAINED_CALLS = 200
+"""Of a run, the last ones (ours)."""
 
 _M = TypeVar("_M", bound=BaseModel)
 
@@ -59,7 +61,18 @@ class Control:
     async def explain_run(self, request: Request) -> Response:
         """`GET /v1/maestro/runs/{run}/explain`: what was predicted of each call, and why."""
         name = request.path_params["run"]
-        calls = [
+        calls = await asyncio.to_thread(self._explained, name)
+        run = self._shell.book.runs.get(name)
+        if not calls:
+            calls = await asyncio.to_thread(self._shell.learning.recalled, name)
+        if run is None and not calls:
+            raise ApiError(404, f"no run {name!r} is known here", code="run_not_found")
+        forecast = [asdict(call) for call in run.forecast] if run else []
+        return JSONResponse({"run": name, "calls": calls, "forecast": forecast})
+
+    def _explained(self, name: str) -> list[dict[str, Any]]:
+        """The run's last calls: ten milliseconds each."""
+        return [
             {
                 "call": record.call,
                 "stage": record.stage,
@@ -70,15 +83,8 @@ class Control:
                 "predicted_tokens": record.predicted_tokens,
                 **(self._shell.learning.explanation(record.call) or {}),
             }
-            for record in self._shell.records.of_run(name)
+            for record in self._shell.records.of_run(name)[-_EXPLAINED_CALLS:]
         ]
-        run = self._shell.book.runs.get(name)
-        if not calls:
-            calls = await asyncio.to_thread(self._shell.learning.recalled, name)
-        if run is None and not calls:
-            raise ApiError(404, f"no run {name!r} is known here", code="run_not_found")
-        forecast = [asdict(call) for call in run.forecast] if run else []
-        return JSONResponse({"run": name, "calls": calls, "forecast": forecast})
 
     async def get_state(self, request: Request) -> Response:
         """`GET /v1/maestro/state`, or its changes as server-sent events if the client asks."""

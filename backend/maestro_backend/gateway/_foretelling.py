@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from maestro_backend.predictor import LiveCall, Prediction, Predictor, refreshed
+from maestro_backend.predictor import LiveCall, Prediction, Predictor, clipped, refreshed
 from maestro_backend.scheduler import CallPredicted, Event, Length
 
 _AGAIN = 1.25
@@ -55,8 +55,9 @@ class Foretelling:
         if foretold is None or generated_tokens < max(foretold.next_at, 1):
             return
         foretold.next_at = generated_tokens * _AGAIN
-        length = refreshed(foretold.prediction.length, generated_tokens)
-        self._tell(foretold, length)
+        shape = foretold.live.shape
+        length = refreshed(foretold.prediction.length, generated_tokens / max(1, shape.n))
+        self._tell(foretold, clipped(length, shape.max_tokens))
 
     def _flush(self) -> None:
         waiting = [foretold for foretold in self._waiting if not foretold.over]
@@ -71,6 +72,7 @@ class Foretelling:
     def _tell(self, foretold: Foretold, length: Length) -> None:
         made = foretold.prediction
         shape = foretold.live.shape
-        kv_tokens = made.prompt_tokens + int(shape.n * length.p90)
+        # A running call's reservation follows its progress: no more is asked for in advance.
+        kv_tokens = made.kv_tokens
         service_s = self._predictor.service_s(shape.model, made.prompt_tokens, length.p50)
         self._handle(CallPredicted(foretold.call, length, kv_tokens, service_s))

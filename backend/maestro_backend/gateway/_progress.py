@@ -90,7 +90,9 @@ class ProgressPoll:
             if tokens > self._told.get(key, 0):
                 self._told[key] = tokens
                 prompt = max(0, request.computed_tokens - request.generated_tokens)
-                self._shell.progress(request.call, prompt, tokens - prompt)
+                self._shell.progress(
+                    request.call, prompt, tokens - prompt, request.generated_tokens
+                )
 
 
 def _client(address: str) -> httpx.AsyncClient:

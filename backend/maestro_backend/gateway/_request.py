@@ -130,8 +130,12 @@ def _annotation(value: Any) -> tuple[Annotation, tuple[str, ...]]:
         return Annotation.model_validate(kept), tuple(f"{BODY_KEY}.{b}" for b in sorted(bad))
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+_MOST_TOKENS, _MOST_CHOICES = 10**9, 1024
+"""Beyond any engine: what is more is no count (ours)."""
+
+
+def _is_count(value: Any, most: int = _MOST_TOKENS) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 def _is_number(value: Any) -> bool:
@@ -143,9 +147,9 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("messages", lambda v: isinstance(v, list) and v != [], "a list with at least one message"),
     ("stream", lambda v: isinstance(v, bool), "true or false"),
     ("stream_options", lambda v: isinstance(v, dict), "an object"),
-    ("max_tokens", _is_count, "a whole number of 1 or more"),
-    ("max_completion_tokens", _is_count, "a whole number of 1 or more"),
-    ("n", _is_count, "a whole number of 1 or more"),
+    ("max_tokens", _is_count, "a whole number of 1 or more, 1,000,000,000 at most"),
+    ("max_completion_tokens", _is_count, "a whole number of 1 or more, 1,000,000,000 at most"),
+    ("n", lambda v: _is_count(v, _MOST_CHOICES), f"a whole number from 1 to {_MOST_CHOICES}"),
     ("temperature", _is_number, "a number"),
     ("top_p", _is_number, "a number"),
     ("tools", lambda v: isinstance(v, list), "a list"),

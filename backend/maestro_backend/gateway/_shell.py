@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maestro_agents.protocol import RunEnded, RunEvent
+from maestro_agents.protocol import RunEvent
 from maestro_backend import scheduler as core
 from maestro_backend.config import Config
 from maestro_backend.node import NodeHandle
@@ -61,10 +61,10 @@ class Shell:
         bounds = replace(settings or core.Settings(), pinned=pinned)
         self.scheduler = core.Scheduler(policy(config.policy), bounds)
         self.predictor = Predictor()
-        self.learning = Learning(config, self.predictor)
         self._foretelling = Foretelling(self.predictor, self.handle)
         deadlines = {name: slo.deadline for name, slo in config.slo.items()}
         self.book = WorkflowBook(self.predictor, deadlines)
+        self.learning = Learning(config, self.predictor, self.book.outlook.journeys)
         self.records = Records()
         self.feed = Feed()
         self.metrics = Metrics(self.scheduler)
@@ -116,9 +116,11 @@ class Shell:
     def run_events(self, run: str, events: Iterable[RunEvent]) -> None:
         """Run events as posted by a client."""
         for event in events:
-            self.handle(*self.book.run_event(run, event, self.now()))
-            if isinstance(event, RunEnded):
-                self.predictor.end_run(run)
+            told = self.book.run_event(run, event, self.now())
+            self.handle(*told)
+            for ended in told:  # a paused run that was given up is among them
+                if isinstance(ended, core.RunEnded):
+                    self.predictor.end_run(ended.run)
         self.feed.publish({"type": "run", "run": run})
 
     def arrive(self, record: CallRecord, event: core.CallArrived, foretold: Foretold) -> None:
@@ -129,14 +131,27 @@ class Shell:
         self.handle(event)
         self._foretelling.enter(foretold)
 
-    def progress(self, call: str, prompt_tokens: int, generated_tokens: int) -> None:
-        """So many tokens of a running call are there, or soon will be."""
-        self.handle(core.CallProgress(call, prompt_tokens, generated_tokens))
-        self._foretelling.progress(call, generated_tokens)
+    def progress(self, call: str, prompt_tokens: int, soon_tokens: int, generated: int) -> None:
+        """Of a running call `generated` tokens are there, and soon so many will be."""
+        self.handle(core.CallProgress(call, prompt_tokens, soon_tokens))
+        with self.surviving("progress"):
+            self._foretelling.progress(call, generated)
 
-    def learn(self, record: CallRecord, live: LiveCall, outcome: CallOutcome) -> None:
-        """A call has ended well."""
-        self.learning.ended(record.call, live, outcome, self.now())
+    def learn(self, record: CallRecord, live: LiveCall, outcome: CallOutcome | None) -> None:
+        """A call has ended; without an outcome, not well."""
+        with self.surviving("what a call took"):
+            if outcome is None:
+                self.predictor.drop(live)
+            else:
+                self.learning.ended(record.call, live, outcome, self.now())
+
+    @contextmanager
+    def surviving(self, what: str) -> Iterator[None]:
+        """Around learning and forecasting: a defect of theirs must not cost a call."""
+        try:
+            yield
+        except Exception:
+            _log.exception("%s could not be followed", what)
 
     async def place(self, record: CallRecord) -> Placement:
         """Wait until the scheduler dispatches the call.

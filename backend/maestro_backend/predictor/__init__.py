@@ -6,7 +6,7 @@ from ._explain import Explanation, Reason, explain
 from ._features import FEATURES
 from ._fit import fit
 from ._model import Model, base_model, load_model
-from ._predictor import LIVE, LiveCall, Prediction, Predictor
+from ._predictor import LIVE, LiveCall, Prediction, Predictor, clipped
 from ._rates import Rates
 from ._recent import Recent
 from ._replay import remaining
@@ -36,6 +36,7 @@ __all__ = [
     "Tables",
     "app_of",
     "base_model",
+    "clipped",
     "explain",
     "fit",
     "load_model",

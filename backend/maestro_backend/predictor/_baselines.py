@@ -83,8 +83,8 @@ def fit_baselines(
     models = {
         "no_agent_semantics": train(bare, label, everything, recipe),
         "is_long": train(rows.x, long.astype(float), everything, smaller, "binary"),
-        "short": train(rows.x, label, ~long, smaller),
-        "long": train(rows.x, label, long, smaller),
+        "short": train(rows.x, label, ~long if not long.all() else everything, smaller),
+        "long": train(rows.x, label, long if long.any() else everything, smaller),
     }
     return Baselines(models)
 

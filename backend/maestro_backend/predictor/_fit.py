@@ -104,6 +104,8 @@ def fit_rows(
 ) -> Model:
     """As `fit`, from rows that are made already."""
     held = left_out(rows, seed)
+    if held.all():
+        raise ConfigError("all calls are of one task: train on two or more")
     first = train_boosters(rows.part(~held), FEATURES, recipes, seed=seed, threads=threads)
     offsets, rest_offsets = calibrate(first, rows.part(held & ~rows.cold))
     boosters = train_boosters(rows, FEATURES, recipes, seed=seed, threads=threads)

@@ -24,6 +24,7 @@ class Strand:
     moving: float = 0.0
     square: float = 0.0
     prompt: float = 0.0
+    prompt_bytes: float = 0.0
     code: float = -1.0
     residual: float = 0.0
 
@@ -38,6 +39,7 @@ class Strand:
         self.moving += (1.0 if first else _SLOW) * (value - self.moving)
         self.square += (value * value - self.square) / self.count
         self.prompt, self.code = call.outcome.prompt_tokens, call.shape.code_chars
+        self.prompt_bytes = call.shape.prompt_bytes
         self.residual = residual
 
 

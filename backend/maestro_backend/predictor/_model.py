@@ -65,15 +65,22 @@ def load_model(folder: Path) -> Model:
         about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no model: {error}; make one: maestro train") from error
+    if not isinstance(about, dict):
+        raise ConfigError(f"{folder} holds no model; make one: maestro train")
     if about.get("format") != FORMAT or tuple(about.get("features", ())) != FEATURES:
         raise ConfigError(f"{folder} is of another version of Maestro: make it anew: maestro train")
-    return Model(
-        Boosters.load(folder / "boosters"),
-        Offsets.restore(about["offsets"]),
-        Offsets.restore(about["rest_offsets"]),
-        Tables.load(folder / "tables.npz"),
-        about["about"],
-    )
+    try:
+        return Model(
+            Boosters.load(folder / "boosters"),
+            Offsets.restore(about["offsets"]),
+            Offsets.restore(about["rest_offsets"]),
+            Tables.load(folder / "tables.npz"),
+            about["about"],
+        )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{folder} holds no usable model: {error!r}; make one: maestro train"
+        ) from error
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ _SHRINK = 10.0
 """An app whose calls exceed a level so often on average weighs as much as all others (ours)."""
 _SETTLE = 20.0
 """After so many calls the steps have halved (ours)."""
-_LEAST = 0.15
+_LEAST = 0.08
 """No step falls below this share of the first: habits may change (ours)."""
 _MAX_APPS = 10_000
 

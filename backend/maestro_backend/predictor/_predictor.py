@@ -35,6 +35,8 @@ _MAX_CALLS = 2_000
 """After so many finished calls a run counts as a new one (ours)."""
 _STALE = 16
 """What is expected of a stage is made anew after so many runs have ended (ours)."""
+_GIVE_UP = 20
+"""A model that fails for so many calls in a row is asked no more (ours)."""
 _SILENT_S = 600.0
 """A run without a call for so long is over (ours)."""
 _NEWEST = 0.2
@@ -80,10 +82,10 @@ class _Run:
 
     name: str
     began: float
+    last_end: float
     pasts: Pasts = field(default_factory=Pasts)
     frontier: set[int] = field(default_factory=set)
     live: int = 0
-    last_end: float = nan
     over: bool = False
     closed: bool = False
 
@@ -102,7 +104,7 @@ class Predictor:
         self._runs: Recent[str, _Run] = Recent(_MAX_RUNS)
         self.estimator: Estimator | None = None
         self.tables = Tables()
-        self._failed = False
+        self._failures = 0
         self._learned = 0
         self._expected: Recent[tuple[str, str, str, str, int], tuple[int, Length]] = Recent(
             _MAX_STAGES
@@ -112,7 +114,7 @@ class Predictor:
 
     def use(self, estimator: Estimator | None, version: str) -> None:
         """From now on predict with this model and its tables; None: by the tables as they are."""
-        self.estimator, self.version, self._failed = estimator, version, False
+        self.estimator, self.version, self._failures = estimator, version, 0
         self._expected.clear()
         if estimator is not None:
             self.tables = estimator.tables
@@ -133,6 +135,7 @@ class Predictor:
         known = self._expected.get(key)
         if known is None or self._learned - known[0] >= _STALE:
             sized = self._sized(shape) if shape.prompt_bytes else shape
+            sized = replace(sized, max_tokens=None)
             [made] = self.foretell([LiveCall(sized, keys_of(shape, 0, 0), History())])
             known = self._expected[key] = self._learned, made.length
         return self._prediction(shape, known[1])
@@ -142,14 +145,14 @@ class Predictor:
         if run is None:
             history = History()
             return LiveCall(self._sized(shape), keys_of(shape, 0, 0), history)
-        known = self._runs.use(run, lambda: _Run(run, now))
+        known = self._runs.use(run, lambda: _Run(run, now, now))
         if known.over or len(known.pasts.calls) >= _MAX_CALLS:
             self._close(known)
-            known = self._runs[run] = _Run(run, now)
+            known = self._runs[run] = _Run(run, now, now)
         known.live += 1
         parents = tuple(sorted(known.frontier))
         history = known.pasts.before(parents)
-        shape = replace(self._sized(shape), gap_s=max(0.0, now - known.last_end))
+        shape = replace(self._sized(shape, history), gap_s=now - known.last_end if parents else nan)
         keys = keys_of(shape, history.count_of(shape), history.all.count)
         return LiveCall(shape, keys, history, known, parents, now - known.began)
 
@@ -160,16 +163,20 @@ class Predictor:
     def foretell(self, calls: Sequence[LiveCall]) -> list[Prediction]:
         """By the model, all calls at once; by the tables if there is none or it fails."""
         estimator = self.estimator
-        if estimator is None or self._failed or not calls:
+        if estimator is None or self._failures >= _GIVE_UP or not calls:
             return [self.quick(call) for call in calls]
         try:
             rows = [estimator.row(call.shape, call.keys, call.history) for call in calls]
             keys = [call.keys for call in calls]
             found = estimator.estimates(np.array(rows, np.float32), keys)
         except Exception:  # a broken model must cost its predictions, not the calls
-            _log.exception("model %s fails: from now on plain tables predict", self.version)
-            self._failed = True
+            if len(calls) > 1:  # one of them may be to blame
+                return [prediction for call in calls for prediction in self.foretell([call])]
+            self._failures += 1
+            if self._failures == 1:
+                _log.exception("model %s fails: plain tables predict", self.version)
             return [self.quick(call) for call in calls]
+        self._failures = 0
         for call, estimate in zip(calls, found, strict=True):
             call.estimate, call.version = estimate, self.version
         return [self._estimated(call, e) for call, e in zip(calls, found, strict=True)]
@@ -195,14 +202,19 @@ class Predictor:
             service_s=self.service_s(shape.model, prompt_tokens, length.p50),
         )
 
-    def _sized(self, shape: CallShape) -> CallShape:
-        """With prompt tokens: by the bytes of a token at this stage, else at this model."""
+    def _sized(self, shape: CallShape, history: History | None = None) -> CallShape:
+        """With prompt tokens: those of the stage's last prompt in the run, and what has been added
+        at the bytes of a token there; else all by the bytes of a token."""
         if shape.prompt_tokens != UNKNOWN:
             return shape
         per_token = self._sizes.get(_place(shape))
         if per_token is None:
             per_token = (self._rates.get(shape.model) or Rates()).bytes_per_token
-        return replace(shape, prompt_tokens=max(1, round(shape.prompt_bytes / per_token)))
+        tokens = shape.prompt_bytes / per_token
+        own = history.own.get((shape.stage, shape.role)) if history else None
+        if own is not None and own.prompt > 0:
+            tokens = own.prompt + (shape.prompt_bytes - own.prompt_bytes) / per_token
+        return replace(shape, prompt_tokens=max(1, round(tokens)))
 
     # --- after a call ---------------------------------------------------------------------------
 
@@ -223,11 +235,9 @@ class Predictor:
         if outcome.output_tokens <= 0:
             self.drop(call)
             return example
-        if (
-            call.estimate is not None
-            and self.estimator is not None
-            and call.version == self.version
-        ):
+        cut_off = outcome.finish == "length"  # how long it would have been is not known
+        mine = call.estimate is not None and call.version == self.version
+        if call.estimate is not None and self.estimator and mine and not cut_off:
             self.estimator.learn_call(call.keys, call.estimate, example.length)
         if run is None:
             follow_run(RunExamples(LIVE, "", (example,)), self.tables)
@@ -258,6 +268,10 @@ class Predictor:
         """Runs that nobody ends: after ten silent minutes they count as over."""
         for run in [r for r in self._runs.values() if not r.live and now - r.last_end > _SILENT_S]:
             self.end_run(run.name)
+
+    def open_runs(self) -> set[str]:
+        """Those that have not been learned from yet."""
+        return {*self._runs}
 
     def _leave(self, run: _Run, now: float) -> None:
         run.live -= 1

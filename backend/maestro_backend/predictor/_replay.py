@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 from ._call import Example, RunExamples
 from ._history import History
+from ._recent import Recent
 from ._tables import Keys, Tables, keys_of
+
+_MOST_PAST = 200
+"""Ancestors that a history is made of where the run forks or joins: a millisecond (ours)."""
+_MOST_OPEN = 64
+"""Ends of the run from which it may go on without that (ours)."""
 
 
 class Pasts:
     """The histories in one run: of each call, its ancestors and nothing else.
 
     A chain of calls shares one history that grows; where the run forks or joins, a call's history
-    is made anew from its ancestors.
+    is made anew from its ancestors, the last 200 of them.
     """
 
     def __init__(self) -> None:
         self.calls: dict[int, Example] = {}
         """Those that have ended, by index."""
         self._residuals: dict[int, float] = {}
-        self._ends: dict[int, History] = {}
+        self._ends: Recent[int, History] = Recent(_MOST_OPEN)
 
     def before(self, parents: tuple[int, ...]) -> History:
         """The history of a call that waited for these, all of which have ended."""
@@ -37,12 +44,14 @@ class Pasts:
 
     def _made_of(self, parents: tuple[int, ...]) -> History:
         past: set[int] = set()
-        agenda = list(parents)
-        while agenda:
-            index = agenda.pop()
+        agenda = [-parent for parent in parents]
+        heapify(agenda)
+        while agenda and len(past) < _MOST_PAST:
+            index = -heappop(agenda)
             if index not in past:
                 past.add(index)
-                agenda.extend(self.calls[index].parents)
+                for parent in self.calls[index].parents:
+                    heappush(agenda, -parent)
         history = History()
         for index in sorted(past):
             history.add(self.calls[index], self._residuals[index])

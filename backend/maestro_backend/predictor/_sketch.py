@@ -12,8 +12,8 @@ PER_OCTAVE = 8
 BINS = 20 * PER_OCTAVE
 """From 0 to 2^20 tokens; neighbours differ by 9%, half of which is the error (ours)."""
 
-_FORGET = 1.0 / 512
-"""Share of what was known that each new value takes the place of, once there are 512 (ours)."""
+_FORGET = 1.0 / 4096
+"""Share of what was known that each new value takes the place of, once there are 4,096 (ours)."""
 
 
 @dataclass(frozen=True, slots=True)

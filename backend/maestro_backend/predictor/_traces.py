@@ -35,7 +35,16 @@ def read_traces(paths: Iterable[Path]) -> list[RunExamples]:
     for path in _files(paths):
         for row in _rows(path):
             rows[row["source"], row["workflow_id"]].append(row)
-    return [_run(source, run, calls) for (source, run), calls in rows.items()]
+    return [_checked(source, run, calls) for (source, run), calls in rows.items()]
+
+
+def _checked(source: str, run: str, rows: list[Mapping[str, Any]]) -> RunExamples:
+    try:
+        return _run(source, run, rows)
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
+        raise ConfigError(
+            f"run {run!r} of source {source!r}: a missing or impossible value ({error})"
+        ) from error
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
@@ -98,6 +107,8 @@ def _example(
         output_format=_FORMATS.get(row["out_format"], ""),
         gap_s=gap_s,
     )
+    if row["output_tokens"] < 0 or row["prompt_tokens"] < 0:
+        raise ValueError(f"call {row['call_idx']} has a negative number of tokens")
     outcome = CallOutcome(
         prompt_tokens=row["prompt_tokens"],
         output_tokens=row["output_tokens"],

@@ -129,9 +129,10 @@ class RunResumed:
 class CallArrived:
     """A call to be served.
 
-    `kv_tokens` is what to reserve (uncached prompt + predicted output quantile; bytes follow from
-    the worker's geometry); `service_s` the predicted time in the engine when alone; `waits_for`
-    the stages whose earlier calls of this run must have ended first (the stage's join).
+    `kv_tokens` is what to reserve (uncached prompt + predicted output quantile of all `choices`;
+    bytes follow from the worker's geometry); `service_s` the predicted time in the engine when
+    alone; `waits_for` the stages whose earlier calls of this run must have ended first (the
+    stage's join).
     """
 
     call: str
@@ -146,13 +147,14 @@ class CallArrived:
     tenant: str = "default"
     prompt_tokens: int = 0
     waits_for: tuple[str, ...] = ()
+    choices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class CallPredicted:
     """A better prediction of a live call than the one it arrived with.
 
-    While it waits, all of it counts; once it runs, what it has reserved only grows with progress.
+    Once it runs, what it has reserved only grows.
     """
 
     call: str

@@ -18,10 +18,13 @@ class KvGroup:
     block_tokens: int
     most_blocks: int | None = None
 
-    def blocks(self, tokens: int) -> int:
-        """The most blocks that a request of so many tokens holds in this group."""
-        needed = -(-tokens // self.block_tokens)
-        return needed if self.most_blocks is None else min(needed, self.most_blocks)
+    def blocks(self, tokens: int, choices: int = 1) -> int:
+        """The most blocks that a call of so many tokens holds in this group.
+
+        Each of its choices is a request of its own, and begins blocks of its own.
+        """
+        needed = -(-tokens // self.block_tokens) + choices - 1
+        return needed if self.most_blocks is None else min(needed, self.most_blocks * choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +43,13 @@ class KvGeometry:
         """Bytes by which a request grows per token, over whole blocks and below every bound."""
         return ceil(sum(self.block_bytes / group.block_tokens for group in self.groups))
 
-    def blocks(self, tokens: int) -> int:
-        """Blocks that a request of so many tokens (prompt and output) holds at most."""
-        return sum(group.blocks(tokens) for group in self.groups)
+    def blocks(self, tokens: int, choices: int = 1) -> int:
+        """Blocks that a call of so many tokens (prompt and all choices) holds at most."""
+        return sum(group.blocks(tokens, choices) for group in self.groups)
 
-    def bytes_of(self, tokens: int) -> int:
+    def bytes_of(self, tokens: int, choices: int = 1) -> int:
         """The same in bytes."""
-        return self.blocks(tokens) * self.block_bytes
+        return self.blocks(tokens, choices) * self.block_bytes
 
     def kept_bytes_of(self, tokens: int) -> int:
         """Bytes of the prefix that an ended request of so many tokens leaves behind, at most.

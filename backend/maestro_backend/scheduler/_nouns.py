@@ -86,11 +86,11 @@ class WorkerInfo:
         kv_bytes = max(self.kv_max_bytes, self.kv_limit_bytes)
         return self.weights_bytes + kv_bytes + self.residual_bytes
 
-    def kv_bytes_of(self, tokens: int) -> int:
-        """KV bytes that a request of so many tokens (prompt and output) holds on it at most."""
+    def kv_bytes_of(self, tokens: int, choices: int = 1) -> int:
+        """KV bytes that a call of so many tokens (prompt and all choices) holds on it at most."""
         if self.kv_geometry is None:
             return tokens * self.kv_bytes_per_token
-        return self.kv_geometry.bytes_of(tokens)
+        return self.kv_geometry.bytes_of(tokens, choices)
 
     def kept_bytes_of(self, tokens: int) -> int:
         """KV bytes that the prefix of an ended call of so many tokens holds, if it is kept."""

@@ -39,4 +39,4 @@ def kv_bytes(call: Call, worker: WorkerInfo) -> int:
 
     Alone on the worker, any call may try.
     """
-    return min(worker.kv_bytes_of(call.request.kv_tokens), kv_most(worker))
+    return min(worker.kv_bytes_of(call.request.kv_tokens, call.request.choices), kv_most(worker))

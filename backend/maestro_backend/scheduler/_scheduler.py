@@ -133,14 +133,15 @@ class Scheduler:
 
     def _call_predicted(self, event: ev.CallPredicted, now: float) -> Iterator[Command]:
         if call := self.calls.by_id.get(event.call):
-            kv_tokens = event.kv_tokens if call.worker is None else call.request.kv_tokens
             call.request = replace(
                 call.request,
                 length=event.length,
                 service_s=event.service_s,
-                kv_tokens=kv_tokens,
+                kv_tokens=event.kv_tokens,
             )
-        yield from ()
+            if call.worker in self.workers:
+                worker = self.workers[call.worker]
+                yield from self._shortage.progress(call, worker, event.kv_tokens, now)
 
     def _call_progress(self, event: ev.CallProgress, now: float) -> Iterator[Command]:
         call = self.calls.by_id.get(event.call)

@@ -29,7 +29,7 @@ class Shortage:
     def progress(self, call: Call, info: WorkerInfo, tokens: int, now: float) -> Iterator[Command]:
         """A running call has come so far: its reservation, and the limit around it, keep ahead."""
         ledger = self._world.ledger
-        used = info.kv_bytes_of(tokens)
+        used = info.kv_bytes_of(tokens, call.request.choices)
         ledger.grow(info.worker, call.call, used)
         claim = ledger.claims.get(info.worker)
         if claim is None or call.call not in claim.reservations:

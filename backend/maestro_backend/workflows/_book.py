@@ -18,15 +18,13 @@ from maestro_agents.protocol import (
     Stage,
     StageEnded,
     StageStarted,
-    ToolEnded,
     ToolsRequested,
-    ToolStarted,
     Workflow,
 )
 from maestro_backend import scheduler as core
 from maestro_backend.predictor import CallOutcome, CallShape, Prediction, Predictor, Recent
 
-from ._critical_path import critical_path
+from ._critical_path import certain, critical_path
 from ._following import chances, leads, next_stages
 from ._forecast import forecast
 from ._futures import Future
@@ -36,6 +34,7 @@ from ._outlook import Outlook
 from ._position import Position
 from ._reach import Reach
 from ._run import Run
+from ._telling import announced, told
 
 _MAX_RUNS = 10_000
 _MAX_WORKFLOWS = 1_000
@@ -71,11 +70,13 @@ class WorkflowBook:
         shape: CallShape,
         slo: Slo | None,
         now: float,
+        call: str = "",
     ) -> tuple[list[core.Event], float | None]:
         """A call arrived. Returns scheduler events and the lead time in seconds, None if none.
 
         A run that has ended starts anew. A retry (the same run, stage and instance again) has the
-        lead time of its first attempt.
+        lead time of its first attempt. `call` is a unique name: parallel calls of one stage and
+        instance are told apart by it.
         """
         if identity.run is None:
             return [], None
@@ -95,21 +96,22 @@ class WorkflowBook:
         run.call(stage)
         run.position.again.pop(stage, None)
         self._note(run, stage, shape)
-        told = self._predictor.predict(shape)
-        self.outlook.arrived(run, stage, identity.instance, shape, told, now)
+        quick = self._predictor.predict(shape)
+        self.outlook.arrived(run, stage, identity.instance, shape, quick, now, call)
         if announcement is not None:
             run.announcements[stage] = announcement
-            events.append(_announced(run.run, stage, announcement))
+            events.append(announced(run.run, stage, announcement))
         return [*events, *self._forecast(run, now)], lead_s
 
     def call_predicted(
-        self, identity: CallIdentity, role: str, prediction: Prediction
+        self, identity: CallIdentity, role: str, prediction: Prediction, call: str = ""
     ) -> list[core.Event]:
         """The model has said what a call will take, and what is left of its run."""
         run = self.runs.get(identity.run or "")
         if run is None or run.ended is not None:
             return []
-        self.outlook.predicted(run, identity.stage or role, identity.instance, prediction)
+        stage = identity.stage or role
+        self.outlook.predicted(run, stage, identity.instance, prediction, call)
         before, run.rest = run.rest, self.outlook.rest(run, run.charted)
         return [core.ForecastChanged(run.run, run.forecast, run.rest)] if run.rest != before else []
 
@@ -119,6 +121,7 @@ class WorkflowBook:
         now: float,
         outcome: CallOutcome | None = None,
         role: str = "",
+        call: str = "",
     ) -> list[core.Event]:
         """The call is over, however it went; with an `outcome` it is learned from. A call that
         came without a stage is known by its `role`."""
@@ -127,7 +130,7 @@ class WorkflowBook:
         if run is None or not stage:
             return []
         run.hang_up(stage)
-        self.outlook.ended(run, stage, identity.instance, outcome, now)
+        self.outlook.ended(run, stage, identity.instance, outcome, now, call)
         if not run.events_seen and not run.live(stage):
             # No adapter tells us about stages: the end of the call stands for the stage's.
             run.position.expect_after(stage, self._following(run, stage))
@@ -165,7 +168,7 @@ class WorkflowBook:
         if run.ended is None:
             self._hear(run, event)
             self._advance(run, event, now)
-        yield from _told(name, event)
+        yield from told(name, event)
         if run.ended is None:
             yield from self._forecast(run, now)
 
@@ -197,14 +200,16 @@ class WorkflowBook:
                 run.position.again[event.stage] = None
             case RunPaused():
                 run.pause()
+                run.log.strike()
                 key = (run.workflow, run.conversation or run.run)
                 self._paused.use(key, lambda: Recent(_MAX_PAUSED))[run.run] = None
             case RunResumed():
                 run.paused = False
             case RunEnded():
-                if not event.failed:
+                dropped = event.failed or run.paused  # who never came back shows no end
+                if not dropped:
                     self._learn_the_end(run)
-                self.outlook.over(run, failed=event.failed)
+                self.outlook.over(run, failed=dropped)
                 run.finish(now, event.failed)
 
     def _end_paused(self, run: Run, now: float) -> Iterator[core.Event]:
@@ -212,7 +217,7 @@ class WorkflowBook:
         for name in self._paused.pop((run.workflow, run.conversation or run.run), ()):
             other = self.runs.get(name)
             if name != run.run and other is not None and other.paused:
-                self.outlook.over(other, failed=False)
+                self.outlook.over(other, failed=True)
                 other.finish(now, failed=False)
                 yield core.RunEnded(name)
 
@@ -389,8 +394,11 @@ class WorkflowBook:
         reached = Reach(workflow, habits, past).of(starts)
         calls = forecast(workflow, starts, habits, predict, past, reached)
         ahead: tuple[Future, bool] | None = None
-        if run.workflow in self.workflows and not self.outlook.knows(run):
-            ahead = critical_path(workflow, starts, habits, predict, past, reached)
+        if run.workflow in self.workflows:
+            sure = _sure(run, workflow) and certain(workflow, starts, habits, past, reached)
+            if sure or not self.outlook.taught(run):
+                future, _ = critical_path(workflow, starts, habits, predict, past, reached)
+                ahead = future, sure
         before = run.forecast, run.rest
         run.believe(calls, now)
         run.charted, run.rest = ahead, self.outlook.rest(run, ahead)
@@ -461,26 +469,14 @@ def _chosen(event: StageEnded) -> Iterator[Expected]:
         yield Expected(s.stage, 1.0 if s.certain else stated, s.certain, event.stage, s.width)
 
 
-def _announced(run: str, stage: str, announcement: Announcement) -> core.Announced:
-    certain = tuple(s.stage for s in announcement.successors if s.certain)
-    candidates = tuple(s.stage for s in announcement.successors if not s.certain)
-    return core.Announced(run, stage, certain, candidates)
-
-
-def _told(run: str, event: RunEvent) -> Iterator[core.Event]:
-    """What the scheduler hears of the event itself."""
-    match event:
-        case StageStarted():
-            yield core.StageStarted(run, event.stage, event.instance)
-        case StageEnded():
-            yield core.StageEnded(run, event.stage, event.instance)
-        case ToolStarted():
-            yield core.ToolStarted(run, event.stage, event.tool)
-        case ToolEnded():
-            yield core.ToolEnded(run, event.stage, event.tool, event.duration_s)
-        case RunPaused():
-            yield core.RunPaused(run)
-        case RunResumed():
-            yield core.RunResumed(run)
-        case RunEnded():
-            yield core.RunEnded(run)
+def _sure(run: Run, workflow: Workflow) -> bool:
+    """Whether the graph, or what the calls announced, tells all that follows where the run
+    stands."""
+    for call in run.log.front():
+        said = run.announcements.get(call.stage)
+        closed = said is not None and said.successors and not said.open_ended
+        if call.stage not in workflow.stage_by_path:
+            return False
+        if call.stage in workflow.open_ended and not closed:
+            return False
+    return not run.paused

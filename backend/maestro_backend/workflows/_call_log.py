@@ -33,7 +33,11 @@ class Logged:
     after: Journey
     arrived: int
     current: Length
+    call: str = ""
+    """The caller's unique name of it, if it gave one."""
     future: Future = NO_FUTURE
+    taught: int = 0
+    """Runs of the same stage that `future` was learned from when the call arrived."""
     ended: int = 0
     ended_s: float = 0.0
     led_to: set[str] = field(default_factory=set)
@@ -63,7 +67,13 @@ class CallLog:
     _said: dict[int, tuple[Rest, Rest]] = field(default_factory=dict)
 
     def arrive(
-        self, stage: str, instance: int, shape: CallShape, current: Length, now: float
+        self,
+        stage: str,
+        instance: int,
+        shape: CallShape,
+        current: Length,
+        now: float,
+        call: str = "",
     ) -> Logged:
         """A call has arrived; `shape` says the stage under which it is learned."""
         self.heard_s, self._order = now, self._order + 1
@@ -72,22 +82,28 @@ class CallLog:
             shape = replace(shape, gap_s=max(0.0, now - ended_s))
         after = self.past.copy()
         after.add(shape, _NOTHING)
-        call = Logged(
-            stage, instance, self.calls, shape, self.past.copy(), after, self._order, current
-        )
+        before, arrived = self.past.copy(), self._order
+        logged = Logged(stage, instance, self.calls, shape, before, after, arrived, current, call)
         self.calls += 1
-        if call.index < _MAX_CALLS:
-            self._parents[call.index] = tuple(self.ended)
-            self._shapes[call.index] = shape
-        self.open[call.index] = call
-        return call
+        if logged.index < _MAX_CALLS:
+            self._parents[logged.index] = tuple(self.ended)
+            self._shapes[logged.index] = shape
+        self.open[logged.index] = logged
+        return logged
 
-    def find(self, stage: str | None, instance: int) -> Logged | None:
-        """The oldest open call of that name; `None` finds one that came without a name."""
-        return next(
-            (c for c in self.open.values() if (c.stage, c.instance) == (stage or "", instance)),
-            None,
-        )
+    def find(self, stage: str, instance: int, call: str = "") -> Logged | None:
+        """The open call that is called `call`; without such a name the oldest of its stage and
+        instance. A call that came with a name is found by no other."""
+        name = stage, instance
+        for logged in self.open.values():
+            exact = call and logged.call
+            if logged.call == call if exact else (logged.stage, logged.instance) == name:
+                return logged
+        return None
+
+    def strike(self) -> None:
+        """What runs is given up: its calls are as if they never were."""
+        self.open.clear()
 
     def end(self, call: Logged, outcome: CallOutcome | None, now: float) -> None:
         """An open call is over; without an outcome it is as if it never was."""
@@ -125,6 +141,10 @@ class CallLog:
                 if call.shape.stage == stage:
                     return call.after
         return None
+
+    def front(self) -> list[Logged]:
+        """Where the run stands: its calls in progress, else those that ended last."""
+        return list(self.open.values()) or list(self.leaves())
 
     def leaves(self) -> Iterator[Logged]:
         """The ended calls at the run's front that nothing was seen to follow."""

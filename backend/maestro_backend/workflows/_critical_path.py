@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import log
 
@@ -15,7 +15,7 @@ from maestro_backend.scheduler import ForecastCall, Length
 from ._forecast import Predict
 from ._futures import Future
 from ._nouns import Expected, Habits, Past
-from ._reach import Node, Reach, Reached, start_times
+from ._reach import Node, Reach, Reached
 
 WAYS = 64
 """Ways through the graph that are sampled (ours)."""
@@ -38,6 +38,34 @@ class Front:
     calls: Amounts
     sources: dict[str, Mask] = field(default_factory=dict)
 
+    def meet(self, going: Mask, tokens: Amounts, calls: Amounts) -> None:
+        """On the ways of `going` another path ends here too: keep the longer of the two."""
+        longer = going & (tokens > self.tokens)
+        tied = going & (tokens == self.tokens)
+        most = np.where(tied, np.maximum(calls, self.calls), self.calls)
+        self.calls = np.where(longer, calls, most)
+        self.tokens = np.where(longer, tokens, self.tokens)
+        self.there = self.there | going
+
+
+def certain(
+    workflow: Workflow,
+    starts: Iterable[Expected],
+    habits: Habits,
+    past: Past,
+    reached: Mapping[Node, Reached],
+) -> bool:
+    """Whether no choice lies ahead: no candidate that has not called yet, no open-ended stage, no
+    stage that was seen to make several calls."""
+    if not all(item.certain or past.ahead(item.stage) for item in starts):
+        return False
+    if not all(item.certain for found in reached.values() for item in found.onward):
+        return False
+    stages = {stage for stage, _ in reached}
+    if stages & set(workflow.open_ended):
+        return False
+    return not any(habits.calls.further((workflow.id, s)) for s in stages | {*past.running})
+
 
 def critical_path(
     workflow: Workflow,
@@ -57,14 +85,14 @@ def critical_path(
     """
     past, starts = past or Past(), list(starts)
     reached = Reach(workflow, habits, past).of(starts) if reached is None else reached
-    return _Sampler(workflow, habits, predict, past, reached).run(starts)
+    future = _Sampler(workflow, predict, past, reached).run(starts)
+    return future, certain(workflow, starts, habits, past, reached)
 
 
 class _Sampler:
     def __init__(
         self,
         workflow: Workflow,
-        habits: Habits,
         predict: Predict,
         past: Past,
         reached: Mapping[Node, Reached],
@@ -73,26 +101,25 @@ class _Sampler:
         self._predict, self._ways = predict, WAYS
         self._random = np.random.default_rng(_SEED)
         self._fronts: dict[Node, Front] = {}
-        self._certain = True
 
-    def run(self, starts: list[Expected]) -> tuple[Future, bool]:
+    def run(self, starts: list[Expected]) -> Future:
         reached = self._reached
         calls = {s: self._predict(self._workflow.stage_by_path[s]) for s, _ in reached}
-        tokens = {s: call.length.p50 for s, call in calls.items() if call}
-        everywhere = Front(np.ones(self._ways, bool), *np.zeros((2, self._ways)))
+        everywhere, longest = self._nowhere(), self._nowhere()
+        everywhere.there |= True
         self._lead(everywhere, starts, [(item.stage, 0) for item in starts])
-        longest, most = np.zeros((2, self._ways))
-        for node in start_times(self._workflow, reached, tokens):
+        for node in _in_order(reached):
             front = self._fronts.get(node)
             if front is None:
                 continue
             end = self._pass(node, front, calls[node[0]], reached[node].further)
-            later = end.there & (end.tokens >= longest)
-            most = np.where(later, np.maximum(most, end.calls), most)
-            longest = np.where(later, end.tokens, longest)
+            longest.meet(end.there, end.tokens, end.calls)
             self._lead(end, reached[node].onward, reached[node].follow)
-        p50, p90 = np.quantile(longest, (0.5, 0.9)).tolist()
-        return Future(p50, p90, float(most.mean()), 0), self._certain
+        p50, p90 = np.quantile(longest.tokens, (0.5, 0.9)).tolist()
+        return Future(p50, p90, float(longest.calls.mean()), 0)
+
+    def _nowhere(self) -> Front:
+        return Front(np.zeros(self._ways, bool), *np.zeros((2, self._ways)))
 
     def _pass(
         self, node: Node, front: Front, call: ForecastCall | None, further: tuple[float, ...]
@@ -102,11 +129,14 @@ class _Sampler:
             front.sources[s] for s in self._workflow.join_sources(node[0]) if s in front.sources
         ]
         there = np.logical_and.reduce(sources) if sources else front.there
-        if call is None:
+        copies, made_before = 1, 0
+        if node[1] == 0:
+            copies, made_before = self._past.copies(node[0]), self._past.ahead(node[0])
+        copies -= made_before  # those calls run already, or have ended
+        if call is None or copies <= 0:
             return Front(there, front.tokens, front.calls)
-        copies = self._past.copies(node[0]) if node[1] == 0 else 1
         width = np.full(self._ways, min(copies, _WIDEST))
-        if copies == 1 and further:
+        if copies == 1 and further and not made_before:
             drawn = self._random.random(self._ways)
             width += sum((drawn < chance).astype(int) for chance in further[: _WIDEST - 1])
         made = self._random.random(self._ways) < call.probability
@@ -130,7 +160,6 @@ class _Sampler:
         for item in items:
             going = front.there
             if not item.certain:
-                self._certain = False
                 draw = drawn.setdefault(item.after, self._random.random(self._ways))
                 least = low.get(item.after, 0.0)
                 low[item.after] = least + item.probability
@@ -140,12 +169,27 @@ class _Sampler:
                 self._arrive(node, item.after, going, front)
 
     def _arrive(self, node: Node, source: str, going: Mask, front: Front) -> None:
-        there = self._fronts.get(node)
-        if there is None:
-            there = Front(np.zeros(self._ways, bool), *np.zeros((2, self._ways)))
-            self._fronts[node] = there
-        later = going & (front.tokens >= there.tokens)
-        there.calls = np.where(later, front.calls, there.calls)
-        there.tokens = np.where(later, front.tokens, there.tokens)
+        there = self._fronts.setdefault(node, self._nowhere())
+        there.meet(going, front.tokens, front.calls)
         there.sources[source] = there.sources.get(source, np.zeros(self._ways, bool)) | going
-        there.there = there.there | going
+
+
+def _in_order(reached: Mapping[Node, Reached]) -> Iterator[Node]:
+    """Each node behind all that lead to it.
+
+    Only a graph that learned an undeclared way back has a circle within one round; there the
+    more likely node comes first.
+    """
+    done: dict[Node, None] = {}
+    for root in reached:
+        path = {} if root in done else {root: list(reached[root].follow)}
+        while path:
+            node = next(reversed(path))
+            if not path[node]:
+                done[node] = None
+                del path[node]
+                continue
+            following = path[node].pop()
+            if following in reached and following not in done and following not in path:
+                path[following] = list(reached[following].follow)
+    return reversed(done)

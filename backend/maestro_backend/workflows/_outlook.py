@@ -19,13 +19,15 @@ from ._nouns import Habits
 from ._rest_mix import RestMix
 from ._run import Run
 
-SILENT_S = 60.0
-"""A run of which only calls tell is over after so much silence (ours)."""
+SILENT_S = 600.0
+"""A run of which only calls tell is over after so much silence: as the predictor has it (ours)."""
 _MAX_SILENT = 10_000
 _MODEL_RUNS = 16
 """What the model says of the rest counts as so many runs of the stage (ours)."""
 _GRAPH_RUNS = 4.0
 """What the graph says of the rest counts as so many runs of the stage (ours)."""
+_MANY_RUNS = 16
+"""So many runs of a stage say more of the rest than a graph with choices in it (ours)."""
 
 
 class Outlook:
@@ -40,9 +42,17 @@ class Outlook:
     # --- calls ----------------------------------------------------------------------------------
 
     def arrived(
-        self, run: Run, stage: str, instance: int, shape: CallShape, told: Prediction, now: float
+        self,
+        run: Run,
+        stage: str,
+        instance: int,
+        shape: CallShape,
+        told: Prediction,
+        now: float,
+        call: str = "",
     ) -> None:
-        """A call has arrived; `stage` is under what it is learned (`identity.stage`, or a role)."""
+        """A call has arrived; `stage` is under what it is learned (`identity.stage`, or a role),
+        `call` its unique name, if it has one."""
         self._end_silent(now)
         app = app_of(run.workflow)
         shape = replace(shape, stage=stage, workflow=run.workflow)
@@ -54,34 +64,45 @@ class Outlook:
             if stage not in parent.led_to:
                 parent.led_to.add(stage)
                 self.journeys.branches.learn(app, parent.after, stage)
-        call = run.log.arrive(stage, instance, shape, told.length, now)
-        call.future = self.journeys.future(app, call.shape, call.before)
+        logged = run.log.arrive(stage, instance, shape, told.length, now, call)
+        logged.future = self.journeys.future(app, logged.shape, logged.before)
+        logged.taught = logged.future.runs
         self._unheard[run.run] = run
 
-    def predicted(self, run: Run, stage: str, instance: int, prediction: Prediction) -> None:
+    def predicted(
+        self, run: Run, stage: str, instance: int, prediction: Prediction, call: str = ""
+    ) -> None:
         """What the model says of a call in progress, and of its run from there on."""
-        call = run.log.find(stage, instance)
-        if call is None:
+        logged = run.log.find(stage, instance, call)
+        if logged is None:
             return
-        own = call.current = prediction.length
+        own = logged.current = prediction.length
         if prediction.rest is None:
             return
-        trees, journeys = Rest(*prediction.rest), _rest(call, True, None)
-        run.log.say(call, trees, journeys)
+        trees, journeys = Rest(*prediction.rest), _rest(logged, True, None)
+        run.log.say(logged, trees, journeys)
         mixed = self._mix.of(app_of(run.workflow), trees, journeys)
         p50, p90 = max(0.0, mixed.p50 - own.p50), max(0.0, mixed.p90 - own.p50)
-        call.future = Future(p50, p90, mixed.calls, max(call.future.runs, _MODEL_RUNS))
+        logged.future = Future(p50, p90, mixed.calls, max(logged.taught, _MODEL_RUNS))
 
     def ended(
-        self, run: Run, stage: str, instance: int, outcome: CallOutcome | None, now: float
+        self,
+        run: Run,
+        stage: str,
+        instance: int,
+        outcome: CallOutcome | None,
+        now: float,
+        call: str = "",
     ) -> None:
-        """A call is over; without an outcome it failed."""
-        call = run.log.find(stage, instance)
-        if call is not None:
-            run.log.end(call, outcome, now)
+        """A call is over; without an outcome it failed. The run's silence begins now."""
+        logged = run.log.find(stage, instance, call)
+        if logged is not None:
+            run.log.end(logged, outcome, now)
+            self._unheard[run.run] = run
 
     def over(self, run: Run, *, failed: bool) -> None:
-        """The run has ended: learn what became of each of its calls. Not of a run that failed."""
+        """The run has ended: learn what became of each of its calls. Not of a run that failed, or
+        was given up."""
         log, run.log = run.log, CallLog()
         self._unheard.pop(run.run, None)
         if failed or not log.calls:
@@ -100,7 +121,7 @@ class Outlook:
             name, run = next(iter(self._unheard.items()))
             if now - run.log.heard_s < SILENT_S:
                 return
-            del self._unheard[name]
+            del self._unheard[name]  # an open call puts it back when it ends
             if not run.events_seen and not run.log.open:
                 self.over(run, failed=False)
 
@@ -124,10 +145,11 @@ class Outlook:
         transitions = LearnedTransitions(self.journeys, app, run.log.at)
         return replace(found, transitions=transitions, widths=LearnedWidths(self.journeys, app))
 
-    def knows(self, run: Run) -> bool:
-        """Whether enough runs taught of where the run stands to leave the graph aside."""
-        front = _front(run.log)
-        return bool(front) and all(c.future.runs >= 4 * _GRAPH_RUNS for c in front)
+    def taught(self, run: Run) -> bool:
+        """Whether enough runs taught of where the run stands to leave a graph with choices aside;
+        what the model says is not counted."""
+        front = run.log.front()
+        return bool(front) and all(call.taught >= _MANY_RUNS for call in front)
 
     def rest(self, run: Run, graph: tuple[Future, bool] | None) -> Rest | None:
         """T_rem of a run: over its calls in progress the longest, else after those that ended.
@@ -135,14 +157,11 @@ class Outlook:
         `graph`: what the announced graph says of what comes after them, and whether all of that
         is certain; then it alone counts, else as four runs. None before anything is known.
         """
-        found = [_rest(call, call.index in run.log.open, graph) for call in _front(run.log)]
+        found = [_rest(call, call.index in run.log.open, graph) for call in run.log.front()]
         if not found:
             return Rest(graph[0].p50, graph[0].p90, graph[0].calls) if graph else None
-        return max(found, key=lambda rest: rest.p50)
-
-
-def _front(log: CallLog) -> list[Logged]:
-    return list(log.open.values()) or list(log.leaves())
+        longest = max(found, key=lambda rest: rest.p50)
+        return Rest(longest.p50, max(rest.p90 for rest in found), longest.calls)
 
 
 def _rest(call: Logged, running: bool, graph: tuple[Future, bool] | None) -> Rest:
@@ -155,9 +174,9 @@ def _rest(call: Logged, running: bool, graph: tuple[Future, bool] | None) -> Res
 
 
 def _blended(learned: Future, graph: Future, certain: bool) -> Future:
-    share = 1.0 if certain else _GRAPH_RUNS / (_GRAPH_RUNS + learned.runs)
-    if not learned.runs:
-        share = 1.0
+    if certain or not learned.runs:
+        return graph
+    share = _GRAPH_RUNS / (_GRAPH_RUNS + learned.runs)
     return Future(
         _between(learned.p50, graph.p50, share),
         _between(learned.p90, graph.p90, share),

@@ -21,7 +21,7 @@ from maestro_backend._tied import tied_environment
 from ._training import LEARNER, Training
 
 LIMIT_S = 1800.0
-MAX_CALLS = 200_000
+MAX_CALLS = 60_000
 MEMORY_BYTES = 4 * 1024**3
 """Seconds that a training may take, the newest calls that it learns from, and the trainer's address
 space (ours)."""

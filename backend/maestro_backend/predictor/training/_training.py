@@ -26,6 +26,8 @@ VALIDATION = 0.2
 LEARNER = "maestro_backend.predictor._fit"
 """The module that learns, unless told otherwise: a `Learner`."""
 
+_CLEARLY = 1.05
+"""A model in use goes if the plain tables are better by so much: less is noise (ours)."""
 _LEAST_LEARNED = 200
 _LEAST_JUDGED = 50
 """Fewer calls than these teach nothing, or prove nothing (ours)."""
@@ -111,7 +113,7 @@ def decide(new: Judgement, current: Judgement | None, fallback: Judgement) -> tu
 
     A new model is installed if its mean error is below that of the plain tables and not above that
     of the current model, and its median error not above the tables'. Else the current one stays,
-    unless its mean error is above that of the tables.
+    unless its mean error is more than 5 % above that of the tables.
     """
     told = f"off by {_tokens(new)}, the plain tables by {_tokens(fallback)}"
     if current:
@@ -119,7 +121,7 @@ def decide(new: Judgement, current: Judgement | None, fallback: Judgement) -> tu
     better = new.mae < fallback.mae and new.median_error <= fallback.median_error
     if better and (current is None or not new.mae > current.mae):
         return Outcome.INSTALLED, told
-    if current is not None and current.mae > fallback.mae:
+    if current is not None and current.mae > _CLEARLY * fallback.mae:
         return Outcome.ROLLED_BACK, told
     return Outcome.KEPT, told
 

@@ -44,11 +44,13 @@ class TapedBook(JournalBook):
         self.messages.append(("put", (workflow,)))
         super().put(workflow)
 
-    def call_arrived(self, *told: Any) -> Any:
+    def call_arrived(self, *told: Any, call: str = "") -> Any:
+        told = (*told, call)
         self.messages.append(("call_arrived", told))
         return super().call_arrived(*told)
 
-    def call_ended(self, *told: Any) -> Any:
+    def call_ended(self, *told: Any, call: str = "") -> Any:
+        told = (*told, call)
         self.messages.append(("call_ended", told))
         return super().call_ended(*told)
 
@@ -236,9 +238,20 @@ def test_a_tape_tells_the_same_as_the_runs_themselves(taped: Taped) -> None:
     assert again.loss == pytest.approx(taped.score.loss)
 
 
-def test_who_announces_nothing_covers_nothing(taped: Taped) -> None:
-    found = replayed(taped, SaysNothing())
-    assert found.coverage < 0.1
+def test_who_announces_nothing_covers_nothing_but_what_was_learned(taped: Taped) -> None:
+    """In the first run of an app, each stage's first call comes as a surprise."""
+    stages: list[str] = []
+    book = JournalBook(Predictor(), {})
+    first: str | None = None
+    for name, told in taped.messages:
+        run = told[0] if name == "run_event" else getattr(told[0], "run", None)
+        first = first or run
+        message = rewritten(SaysNothing(), name, told)
+        if message is not None and run in (None, first):
+            getattr(book, name)(*message)
+            stages += [told[0].stage] if name == "call_arrived" else []
+    found = score(book.journal, truth(taped.shape))
+    assert {*stages} - {stages[0]} <= {*found.uncovered}
     assert found.faults()
 
 

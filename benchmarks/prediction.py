@@ -342,6 +342,9 @@ def curve_of(trained: Trained, runs: Sequence[RunExamples], orders: int) -> list
     ]
 
 
+COLOURS = 10
+"""Matplotlib's own cycle: beyond it, another line style."""
+
 # --- drawing ------------------------------------------------------------------------------------
 
 
@@ -391,9 +394,10 @@ def draw_roles(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
 
 def draw_curve(path: Path, found: Mapping[str, Any]) -> None:
     figure, axes = canvas(7.5, 4.5)
-    for source, rows in sorted(found.items()):
+    for at, (source, rows) in enumerate(sorted(found.items())):
         first = rows[0]["mae"]
-        axes.plot([r["runs"] for r in rows], [r["mae"] / first for r in rows], "o-", label=source)
+        style = "o-" if at < COLOURS else "s--"
+        axes.plot([r["runs"] for r in rows], [r["mae"] / first for r in rows], style, label=source)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xticks(STEPS, [str(k) for k in STEPS])
     axes.set(

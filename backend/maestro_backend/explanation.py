@@ -29,7 +29,7 @@ def _call_lines(call: Mapping[str, Any]) -> Iterator[str]:
     p50 = made.get("p50")
     figures = [call["predicted_tokens"] if p50 is None else p50, made.get("p90"), made.get("p99")]
     shown = " ".join("      -" if f is None else f"{f:7.0f}" for f in figures)
-    by = call.get("version") or "plain tables"
+    by = call.get("version", "-") or "plain tables"
     yield f"{call['stage'] or call['role'] or '(no stage)':<24} {tokens:>7} {shown}  {by}"
     if (why := call.get("why")) is not None:
         yield f"    usual {why['usual']:.0f} tokens{_reasons(why)}"

@@ -1,4 +1,4 @@
-"""One row of numbers per call: the same function for training, simulator and gateway."""
+"""One row of numbers per call: the same function for training, evaluation and gateway."""
 
 from __future__ import annotations
 

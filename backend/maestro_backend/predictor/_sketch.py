@@ -44,7 +44,7 @@ class Sketch:
         self._known = None
 
     def follow(self, tokens: float) -> None:
-        """Add, and forget: so that a change of habit shows within some hundred calls."""
+        """Add, and forget: so that a change of habit shows within some thousand calls."""
         if float(self.counts.sum()) >= 1 / _FORGET:
             self.counts *= 1 - _FORGET
         self.add(tokens)

@@ -85,7 +85,7 @@ LocalPath = Annotated[Path, AfterValidator(_from_base)]
 """`~` is expanded; a relative path starts at the config file's folder."""
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Safe YAML in which a key that stands twice is an error, not a silent loss of the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -100,7 +100,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a YAML file that people write: an unknown key is an error that names a near one."""
+
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     @model_validator(mode="before")
@@ -119,7 +121,7 @@ def _unknown_key(key: str, known: Mapping[str, object]) -> PydanticCustomError:
     return PydanticCustomError("unknown_key", "unknown key{hint}", {"hint": hint, "key": key})
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """One model and how its engine is started. `kv_memory` is bytes per device.
 
     `tensor_parallel` above 1 is not supported yet: real engines refuse it.
@@ -166,7 +168,7 @@ class ModelConfig(_Section):
         return source
 
 
-class NodeConfig(_Section):
+class NodeConfig(Section):
     """A host. `memory` is the budget of each device in bytes, `host_memory` that of weights put
     aside in host memory; None for a part of what is found there.
 
@@ -195,13 +197,13 @@ class NodeConfig(_Section):
         return devices
 
 
-class SloConfig(_Section):
+class SloConfig(Section):
     """A service level: the deadline of a run in seconds, None for none."""
 
     deadline: Seconds | None = None
 
 
-class TenantConfig(_Section):
+class TenantConfig(Section):
     """A tenant's share: twice the `weight` is twice the service under contention.
 
     Not used yet: every tenant is served alike.
@@ -210,7 +212,7 @@ class TenantConfig(_Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
-class PredictorConfig(_Section):
+class PredictorConfig(Section):
     """What is kept of finished calls, counts and names only, and whether it is learned from.
 
     `store_size` in bytes (1 MiB or more) and `store_age` in seconds bound the file of calls; the
@@ -230,7 +232,7 @@ class PredictorConfig(_Section):
         return size
 
 
-class ListenConfig(_Section):
+class ListenConfig(Section):
     """Where the gateway listens."""
 
     host: str = "127.0.0.1"
@@ -250,14 +252,14 @@ _SLO: dict[str, SloConfig] = {
 }
 
 
-class Config(_Section):
+class Config(Section):
     """The whole file. Given `slo` classes and tenants add to the defaults or replace them."""
 
     models: Annotated[dict[str, ModelConfig], Field(min_length=1)]
     nodes: tuple[NodeConfig, ...] = Field(default_factory=lambda: (NodeConfig(),))
     slo: dict[str, SloConfig] = _SLO
     tenants: dict[str, TenantConfig] = {"default": TenantConfig()}
-    policy: Literal["maestro", "fcfs"] = "maestro"
+    policy: Literal["maestro", "fcfs", "edf", "sjf", "las", "plas", "atlas", "kairos"] = "maestro"
     predictor: PredictorConfig = PredictorConfig()
     state_dir: LocalPath = Field(default_factory=default_state_dir)
     listen: ListenConfig = ListenConfig()
@@ -314,7 +316,7 @@ class Config(_Section):
         try:
             return cls.model_validate(raw, context={"base": base or Path.cwd()})
         except ValidationError as error:
-            raise ConfigError("\n".join(_describe(e) for e in error.errors())) from None
+            raise ConfigError("\n".join(describe(e) for e in error.errors())) from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Config:
@@ -325,7 +327,7 @@ class Config(_Section):
         """
         file = Path(path)
         try:
-            raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+            raw = yaml.load(file.read_text(encoding="utf-8"), Loader)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the config file {file}: {error}") from error
         except yaml.YAMLError as error:
@@ -348,7 +350,8 @@ class Config(_Section):
         raise ConfigError(f"no node is called {name!r} (nodes: {known})")
 
 
-def _describe(error: Any) -> str:
+def describe(error: Any) -> str:
+    """One of pydantic's errors in a line: where it is and what is wrong."""
     path = [str(part) for part in error["loc"]]
     if error["type"] == "unknown_key":
         path.append(error["ctx"]["key"])

@@ -1,6 +1,6 @@
 """The flight recorder: every event and what the scheduler answered, one JSON line each.
 
-Line 1 is a header `{"maestro_recording": 1, "policy": ..., "settings": {...}}`; each further line
+Line 1 is a header `{"maestro_recording": 2, "policy": ..., "settings": {...}}`; each further line
 is `{"now": seconds, "event": {...}, "commands": [...]}`. Predictions are in the events, so a
 recording replays to the same decisions after any retraining.
 """
@@ -23,7 +23,7 @@ from maestro_backend.scheduler.policies import policy
 
 _log = logging.getLogger("maestro.recording")
 
-VERSION = 1
+VERSION = 2
 _SETTINGS = TypeAdapter(Settings)
 
 

@@ -166,6 +166,14 @@ def test_a_join_waits_for_earlier_source_calls_only() -> None:
     assert dispatched(core.handle(CallFinished("a"), 4.0)) == ["j"]
 
 
+def test_a_join_opens_at_once_for_a_call_of_another_model() -> None:
+    core = scheduler(worker("a"), worker("b"))
+    core.handle(arrival("a", stage="research", model="a"), 1.0)
+    joined = arrival("j", stage="write", model="b", waits_for=("research",))
+    assert dispatched(core.handle(joined, 1.1)) == []
+    assert dispatched(core.handle(CallFinished("a"), 1.2)) == ["j"]
+
+
 def test_another_runs_join_is_not_ours() -> None:
     core = scheduler(worker(window=8))
     core.handle(arrival("a", "r1", stage="research"), 1.0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ._events import CallArrived
 
+Key = tuple[float, ...]
+"""A policy's sort key: the smallest goes first."""
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class Call:
     """A call from arrival to its end. `worker` is None while it is queued."""
 
@@ -16,25 +19,38 @@ class Call:
     order: int
     """Position of arrival: breaks every tie the same way."""
     worker: str | None = None
+    started: float = 0.0
+    """When it went to its worker, in its latest try (seconds)."""
     attempts: int = 0
     preemptions: int = 0
     settled: bool = False
     """It cannot be taken off its worker: its client has seen a first byte."""
     delayed: bool = False
     """It has had to wait for KV memory."""
+    key: Key | None = None
+    """Its place in its queue; None while it runs, or waits for the join of its stage."""
+    work: int = 0
+    """Predicted service, in microseconds: whole numbers, so that sums of them stay exact."""
+    call: str = field(init=False)
 
-    @property
-    def call(self) -> str:
-        return self.request.call
+    def __post_init__(self) -> None:
+        self.call = self.request.call
+        self.work = round(self.request.service_s * 1e6)
 
 
 class CallTable:
-    """All live calls: the queue of each model, and what runs where."""
+    """All live calls: the queue of each model, oldest first, and what runs where."""
 
     def __init__(self) -> None:
         self.by_id: dict[str, Call] = {}
         self.queues: dict[str, dict[str, Call]] = {}
         self.running: dict[str, dict[str, Call]] = {}
+        self.work: dict[str, int] = {}
+        """Worker -> predicted service of what runs there, in microseconds."""
+        self.waiting = 0
+        """Calls in all queues."""
+        self.emptied: set[str] = set()
+        """Models whose queue has become empty; cleared by whoever reads it."""
         self._arrivals = 0
 
     def add(self, request: CallArrived, now: float) -> Call:
@@ -44,18 +60,21 @@ class CallTable:
         self._enqueue(call)
         return call
 
-    def start(self, call: Call, worker: str) -> None:
-        del self.queues[call.request.model][call.call]
-        call.worker = worker
+    def start(self, call: Call, worker: str, now: float) -> None:
+        self._leave(call)
+        call.worker, call.started, call.key = worker, now, None
         call.attempts += 1
         call.settled = call.delayed = False
         self.running.setdefault(worker, {})[call.call] = call
+        self.work[worker] = self.work.get(worker, 0) + call.work
 
     def requeue(self, call: Call) -> None:
-        """Back into the queue with its old arrival time."""
+        """Back into the queue with its old arrival time, and in its old place."""
         self._leave(call)
         call.worker = None
         self._enqueue(call)
+        queue = self.queues[call.request.model]
+        self.queues[call.request.model] = dict(sorted(queue.items(), key=lambda i: i[1].order))
 
     def preempt(self, call: Call) -> None:
         """Back into the queue; the try does not count."""
@@ -65,17 +84,41 @@ class CallTable:
 
     def remove(self, call: Call) -> None:
         self._leave(call)
+        call.key = None
         del self.by_id[call.call]
 
+    def predict(self, call: Call, request: CallArrived) -> None:
+        """Take over a better prediction of a live call."""
+        call.request = request
+        work = round(request.service_s * 1e6)
+        if call.worker is not None:
+            self.work[call.worker] += work - call.work
+        call.work = work
+
     def queued(self, model: str) -> dict[str, Call]:
-        return self.queues.get(model, {})
+        return self.queues.get(model, _NO_CALLS)
+
+    def oldest(self, model: str) -> Call | None:
+        """The oldest queued call of `model`."""
+        return next(iter(self.queued(model).values()), None)
 
     def on_worker(self, worker: str) -> dict[str, Call]:
-        return self.running.get(worker, {})
+        return self.running.get(worker, _NO_CALLS)
 
     def _enqueue(self, call: Call) -> None:
         self.queues.setdefault(call.request.model, {})[call.call] = call
+        self.waiting += 1
 
     def _leave(self, call: Call) -> None:
-        home = self.queues[call.request.model] if call.worker is None else self.running[call.worker]
-        del home[call.call]
+        if call.worker is None:
+            queue = self.queues[call.request.model]
+            del queue[call.call]
+            self.waiting -= 1
+            if not queue:
+                self.emptied.add(call.request.model)
+        else:
+            del self.running[call.worker][call.call]
+            self.work[call.worker] -= call.work
+
+
+_NO_CALLS: dict[str, Call] = {}

@@ -34,6 +34,7 @@ class SetResidency:
     """Bring a model's weights to a tier on a node.
 
     `kv_limit_bytes` is the KV limit to have there; None leaves it as it is (at a start: the most).
+    `worker` says which worker is meant, where the node has several of the model.
     """
 
     id: int
@@ -41,6 +42,7 @@ class SetResidency:
     model: str
     residency: Residency
     kv_limit_bytes: int | None = None
+    worker: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ def check(world: World) -> None:
         *_runs(calls, world.runs.by_id),
         *_kept(world),
         *_under_way(world),
+        *_indexes(world),
     ):
         raise InvariantError(broken)
 
@@ -95,3 +96,25 @@ def _runs(calls: CallTable, runs: dict[str, Run]) -> list[str]:
         for call in calls.by_id.values()
         if call.call not in runs.get(call.request.run, Run("")).live_calls
     ]
+
+
+def _indexes(world: World) -> list[str]:
+    """What is kept up to date bit by bit is what counting anew would give."""
+    calls, ledger, broken = world.calls, world.ledger, []
+    for model, queue in calls.queues.items():
+        if (orders := [c.order for c in queue.values()]) != sorted(orders):
+            broken.append(f"the queue of {model} is not in order of arrival: {orders}")
+    if calls.waiting != sum(map(len, calls.queues.values())):
+        broken.append(f"{calls.waiting} calls are counted as waiting")
+    for worker, running in calls.running.items():
+        if calls.work[worker] != sum(call.work for call in running.values()):
+            broken.append(f"the work on {worker} is not that of its calls")
+    for worker, claim in ledger.claims.items():
+        reserved, kept = sum(claim.reservations.values()), sum(k.size for k in claim.kept.values())
+        if (claim.kv_reserved, claim.kv_kept) != (reserved, kept):
+            broken.append(f"the KV bytes in use of {worker} are not what its calls hold")
+    for device, capacity in ledger.capacity.items():
+        held = sum(c.total for c in ledger.claims.values() if c.device == device)
+        if ledger.free(device) != capacity - held:
+            broken.append(f"the free bytes of {device} are not what its workers leave")
+    return broken

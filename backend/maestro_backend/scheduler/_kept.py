@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 
 from ._calls import Call
@@ -20,46 +21,68 @@ class KeptPrefixes:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._where: dict[str, dict[str, tuple[str, str]]] = {}
+        """Run -> model -> worker and call. The claim says whether it is still so."""
+        self._ends: list[tuple[float, str, str]] = []
+        """A heap: until when, worker and call."""
 
-    def ended(self, call: Call, tokens: int, now: float) -> Iterator[Command]:
+    def ended(self, call: Call, run: Run | None, tokens: int, now: float) -> list[Command]:
         """A call ended well: keep its prefix, if its run will likely call the model again soon."""
-        run = self._world.runs.get(call.request.run)
         if run is None or call.worker is None:
-            return
+            return []
         model = call.request.model
         run.last_ended[model] = EndedCall(call.call, call.worker, tokens, now)
-        yield from self._drop(run.run, model)
-        yield from self._let_go(run)
-        yield from self._keep(run, model, now)
+        if not run.models and run.run not in self._where and not run.absorbed:
+            return []
+        return [*self._drop(run.run, model), *self._let_go(run), *self._keep(run, model, now)]
 
     def review(self, run: Run, now: float) -> Iterator[Command]:
         """The run's forecast has changed."""
-        for model in run.last_ended:
+        kept = self._where.get(run.run, ())
+        for model, last in run.last_ended.items():
+            if now - last.at > _LATE_S and model not in kept:
+                continue
             if not self._seconds(run, model, now):
                 yield from self._drop(run.run, model)
-            elif not self._holds(run.run, model) and not self._runs(run, model):
+            elif self._find(run.run, model) is None and not self._runs(run, model):
                 yield from self._keep(run, model, now)
 
-    def forget(self, run: str) -> Iterator[Command]:
-        """The run is over."""
-        yield from self._drop(run, None)
-        if state := self._world.runs.get(run):
+    def forget(self, run: str, state: Run | None) -> Iterator[Command]:
+        """The run is over; `state` is what is still known of it."""
+        yield from self._drop(run)
+        self._where.pop(run, None)
+        if state is not None:
             yield from self._let_go(state)
 
     def expire(self, now: float) -> None:
         """What was kept long enough: the worker lets go of it by itself."""
-        for claim in self._world.ledger.claims.values():
-            claim.kept = {call: kept for call, kept in claim.kept.items() if kept.until > now}
+        ledger = self._world.ledger
+        while self._ends and self._ends[0][0] <= now:
+            _, worker, call = heapq.heappop(self._ends)
+            claim = ledger.claims.get(worker)
+            if claim is not None and call in claim.kept and claim.kept[call].until <= now:
+                ledger.forget(worker, call)
+
+    def home(self, call: Call) -> str | None:
+        """The worker that keeps what the call's run left there last."""
+        found = self._find(call.request.run, call.request.model)
+        return None if found is None else found[0].worker
+
+    def size(self, call: Call, worker: str) -> int:
+        """Bytes kept on the worker that the call would hold itself."""
+        found = self._find(call.request.run, call.request.model)
+        if found is None or found[0].worker != worker:
+            return 0
+        return found[0].kept[found[1]].size
 
     def absorb(self, call: Call, worker: str) -> None:
-        """A call is about to start where its run's prefix is kept: it holds those bytes itself."""
-        claim = self._world.ledger.claims[worker]
-        mine = (call.request.run, call.request.model)
-        taken = [name for name, kept in claim.kept.items() if (kept.run, kept.model) == mine]
-        for name in taken:
-            del claim.kept[name]
+        """A call starts where its run's prefix is kept: it holds those bytes itself."""
+        found = self._find(call.request.run, call.request.model)
+        if found is None or found[0].worker != worker:
+            return
+        self._world.ledger.forget(worker, found[1])
         if run := self._world.runs.get(call.request.run):
-            run.absorbed += [(worker, name) for name in taken]
+            run.absorbed.append((worker, found[1]))
 
     def _let_go(self, run: Run) -> Iterator[Command]:
         """The worker still holds what later calls of the run have taken over."""
@@ -82,6 +105,8 @@ class KeptPrefixes:
         size = info.kept_bytes_of(last.tokens)
         if self._room(info, claim) >= size > 0:
             kept = Kept(run.run, model, size, now + seconds)
+            self._where.setdefault(run.run, {})[model] = last.worker, last.call
+            heapq.heappush(self._ends, (kept.until, last.worker, last.call))
             yield self._world.keep_prefix(last.worker, last.call, kept, now)
 
     def _room(self, info: WorkerInfo, claim: Claim) -> int:
@@ -99,12 +124,21 @@ class KeptPrefixes:
             return 0.0
         return max(0.0, at - now) + settings.keep_grace_s
 
-    def _holds(self, run: str, model: str) -> bool:
-        claims = self._world.ledger.claims.values()
-        return any((k.run, k.model) == (run, model) for c in claims for k in c.kept.values())
+    def _find(self, run: str, model: str) -> tuple[Claim, str] | None:
+        """Where the run's prefix for the model is kept, and of which call it is."""
+        where = self._where.get(run)
+        if where is None or model not in where:
+            return None
+        worker, call = where[model]
+        claim = self._world.ledger.claims.get(worker)
+        kept = claim.kept.get(call) if claim is not None else None
+        if claim is None or kept is None or kept.run != run:
+            del where[model]
+            return None
+        return claim, call
 
-    def _drop(self, run: str, model: str | None) -> Iterator[Command]:
-        for claim in self._world.ledger.claims.values():
-            for call, kept in list(claim.kept.items()):
-                if kept.run == run and model in (None, kept.model):
-                    yield self._world.drop_prefix(claim.worker, call)
+    def _drop(self, run: str, model: str | None = None) -> Iterator[Command]:
+        models = list(self._where.get(run, ())) if model is None else [model]
+        found = [place for m in models if (place := self._find(run, m))]
+        for claim, call in sorted(found, key=lambda place: place[0].number):
+            yield self._world.drop_prefix(claim.worker, call)

@@ -45,7 +45,10 @@ class KvGeometry:
 
     def blocks(self, tokens: int, choices: int = 1) -> int:
         """Blocks that a call of so many tokens (prompt and all choices) holds at most."""
-        return sum(group.blocks(tokens, choices) for group in self.groups)
+        blocks = 0
+        for group in self.groups:
+            blocks += group.blocks(tokens, choices)
+        return blocks
 
     def bytes_of(self, tokens: int, choices: int = 1) -> int:
         """The same in bytes."""

@@ -6,6 +6,7 @@ This is the promise; the node agent's measurement may refuse what it forbids.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ._nouns import NodeInfo, Residency, WorkerInfo, WorkerState
@@ -47,18 +48,16 @@ class Claim:
     reservations: dict[str, int] = field(default_factory=dict)
     kept: dict[str, Kept] = field(default_factory=dict)
     """By the call whose prefix it is."""
+    kv_reserved: int = 0
+    """The sum of the reservations."""
+    kv_kept: int = 0
+    """The sum of what is kept."""
+    number: int = 0
+    """Claims are in this order everywhere."""
 
     @property
     def total(self) -> int:
         return self.weights + self.kv_limit + self.residual
-
-    @property
-    def kv_reserved(self) -> int:
-        return sum(self.reservations.values())
-
-    @property
-    def kv_kept(self) -> int:
-        return sum(kept.size for kept in self.kept.values())
 
     @property
     def kv_used(self) -> int:
@@ -66,7 +65,7 @@ class Claim:
 
     @property
     def kv_free(self) -> int:
-        return self.kv_usable - self.kv_used
+        return self.kv_usable - self.kv_reserved - self.kv_kept
 
     @property
     def kv_keepable(self) -> int:
@@ -78,6 +77,24 @@ class Claim:
         """The least limit that what is held now allows."""
         return max(self.kv_used, self.kv_floor + self.kv_kept if self.kept else 0)
 
+    def hold(self, call: str, size: int) -> None:
+        """`call` holds `size` bytes from now on."""
+        self.kv_reserved += size - self.reservations.get(call, 0)
+        self.reservations[call] = size
+
+    def let_go(self, call: str) -> None:
+        self.kv_reserved -= self.reservations.pop(call, 0)
+
+    def keep(self, call: str, kept: Kept) -> None:
+        self.forget(call)
+        self.kept[call] = kept
+        self.kv_kept += kept.size
+
+    def forget(self, call: str) -> None:
+        """The prefix of `call` is not kept any more."""
+        if kept := self.kept.pop(call, None):
+            self.kv_kept -= kept.size
+
 
 class Ledger:
     """Claims by worker. A device key is `node/device`."""
@@ -87,6 +104,12 @@ class Ledger:
         self.host_capacity: dict[str, int] = {}
         self.measured: dict[str, int] = {}
         self.claims: dict[str, Claim] = {}
+        self.freed: set[str] = set()
+        """Workers whose KV bytes in use, or limits, have changed; emptied by whoever reads it."""
+        self._by_device: dict[str, dict[str, Claim]] = {}
+        self._promised: dict[str, int] = {}
+        self._promised_of_host: dict[str, int] = {}
+        self._claims_made = 0
 
     def add_node(self, node: NodeInfo) -> None:
         for device in node.devices:
@@ -96,41 +119,53 @@ class Ledger:
     def drop_node(self, node: str) -> None:
         """Forget the devices of a lost node with every claim on them."""
         mine = f"{node}/"
+        for worker in [c.worker for c in self.claims.values() if c.node == node]:
+            self.release_worker(worker)
         self.capacity = {k: size for k, size in self.capacity.items() if not k.startswith(mine)}
         self.measured = {k: size for k, size in self.measured.items() if not k.startswith(mine)}
         self.host_capacity.pop(node, None)
-        self.claims = {w: c for w, c in self.claims.items() if c.node != node}
 
     def free(self, device: str) -> int:
-        return self.capacity.get(device, 0) - sum(c.total for c in self.on_device(device))
+        return self.capacity.get(device, 0) - self._promised.get(device, 0)
 
     def host_free(self, node: str) -> int:
-        used = sum(c.host for c in self.claims.values() if c.node == node)
-        return self.host_capacity.get(node, 0) - used
+        return self.host_capacity.get(node, 0) - self._promised_of_host.get(node, 0)
 
-    def on_device(self, device: str) -> list[Claim]:
-        return [c for c in self.claims.values() if c.device == device]
+    def on_device(self, device: str) -> Iterable[Claim]:
+        return self._by_device.get(device, {}).values()
 
     def set(self, claim: Claim) -> None:
         """Promise a worker its memory; what is held inside stays, as far as there is room."""
         old = self.claims.get(claim.worker)
         if old is not None:
             for call, size in old.reservations.items():
-                claim.reservations[call] = min(size, claim.kv_free)  # the limit may have shrunk
+                claim.hold(call, min(size, claim.kv_free))  # the limit may have shrunk
             for call, kept in old.kept.items():
                 if kept.size <= claim.kv_keepable:
-                    claim.kept[call] = kept
+                    claim.keep(call, kept)
+            self._promise(old, -1)
+            if old.device != claim.device:
+                del self._by_device[old.device][old.worker]
+            claim.number = old.number
+        else:
+            self._claims_made += 1
+            claim.number = self._claims_made
+        self._promise(claim, 1)
         self.claims[claim.worker] = claim
+        self._by_device.setdefault(claim.device, {})[claim.worker] = claim
+        self.freed.add(claim.worker)
 
     def release_worker(self, worker: str) -> None:
-        self.claims.pop(worker, None)
+        if claim := self.claims.pop(worker, None):
+            self._promise(claim, -1)
+            del self._by_device[claim.device][worker]
 
     def reserve(self, worker: str, call: str, size: int) -> bool:
         """Reserve KV bytes for a call; False when they do not fit."""
         claim = self.claims[worker]
         if size > claim.kv_free:
             return False
-        claim.reservations[call] = size
+        claim.hold(call, size)
         return True
 
     def restore(self, worker: str, call: str, size: int) -> None:
@@ -144,12 +179,29 @@ class Ledger:
         if claim is None or call not in claim.reservations:
             return
         held = claim.reservations[call]
-        claim.reservations[call] = max(held, min(size, held + claim.kv_free))
+        if size > held:
+            claim.hold(call, max(held, min(size, held + claim.kv_free)))
 
     def release(self, worker: str, call: str) -> None:
         """Free a call's reservation. The worker's claim may be gone already."""
         if claim := self.claims.get(worker):
-            claim.reservations.pop(call, None)
+            claim.let_go(call)
+            self.freed.add(worker)
+
+    def keep(self, worker: str, call: str, kept: Kept) -> None:
+        """Hold the prefix of a call that ended on the worker."""
+        self.claims[worker].keep(call, kept)
+
+    def forget(self, worker: str, call: str) -> None:
+        """Hold it no longer. The worker's claim may be gone already."""
+        if claim := self.claims.get(worker):
+            claim.forget(call)
+            self.freed.add(worker)
+
+    def _promise(self, claim: Claim, sign: int) -> None:
+        device, host = self._promised, self._promised_of_host
+        device[claim.device] = device.get(claim.device, 0) + sign * claim.total
+        host[claim.node] = host.get(claim.node, 0) + sign * claim.host
 
 
 def held_by(

@@ -1,36 +1,19 @@
-"""Cluster level: which worker a call goes to."""
+"""Cluster level: which worker a call goes to, without looking at all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import heapq
+from collections.abc import Callable, Iterable
 
 from ._calls import Call, CallTable
-from ._ledger import kv_most
-from ._nouns import WorkerInfo, WorkerState
+from ._ledger import Ledger, kv_most
+from ._nouns import WorkerInfo
 
+Entry = tuple[float, float, str]
+"""A worker's load, what breaks ties, and its name."""
 
-def open_workers(
-    workers: Iterable[WorkerInfo], model: str, calls: CallTable, closed: set[str]
-) -> list[WorkerInfo]:
-    """Ready workers of `model` with a free place in their in-flight window."""
-    return [
-        w
-        for w in workers
-        if w.model == model
-        and w.state is WorkerState.READY
-        and w.worker not in closed
-        and len(calls.on_worker(w.worker)) < w.max_inflight
-    ]
-
-
-def best_worker(call: Call, candidates: list[WorkerInfo], calls: CallTable) -> WorkerInfo:
-    """The worker with the least predicted work in flight per place; ties by name."""
-
-    def load(worker: WorkerInfo) -> tuple[float, str]:
-        work = sum(c.request.service_s for c in calls.on_worker(worker.worker).values())
-        return ((work + call.request.service_s) / worker.max_inflight, worker.worker)
-
-    return min(candidates, key=load)
+_AFFINITY_SLACK = 1.5
+"""A run's last worker is kept up to so many times the least in flight, and one more (ours)."""
 
 
 def kv_bytes(call: Call, worker: WorkerInfo) -> int:
@@ -40,3 +23,203 @@ def kv_bytes(call: Call, worker: WorkerInfo) -> int:
     Alone on the worker, any call may try.
     """
     return min(worker.kv_bytes_of(call.request.kv_tokens, call.request.choices), kv_most(worker))
+
+
+class Places:
+    """The open workers of one model, the least loaded first.
+
+    Load is the predicted work in flight per place, with the call's own; ties by name. With
+    `affinity`, it is the share of places that are taken, then the KV bytes in use. Heaps keep the
+    order, one for each size of window; an entry that is not the worker's latest is void. A worker
+    that a call did not fit on is set aside until some of its KV is freed; meanwhile it is asked
+    only for smaller calls, and if no other will do.
+    """
+
+    def __init__(self, calls: CallTable, ledger: Ledger, affinity: bool) -> None:
+        self.open: dict[str, WorkerInfo] = {}
+        self.free = 0
+        """Free places in the windows of open workers."""
+        self._calls = calls
+        self._ledger = ledger
+        self.affinity = affinity
+        self._free: dict[str, int] = {}
+        self._latest: dict[str, Entry] = {}
+        self._heaps: dict[int, list[Entry]] = {}
+        self._aside: dict[str, int] = {}
+        """Worker -> its free KV bytes, which were too few."""
+        self._roomiest: list[tuple[int, str]] = []
+
+    def admit(self, info: WorkerInfo) -> None:
+        """The worker takes calls, or is another than before."""
+        self.open[info.worker] = info
+        self.refresh(info.worker)
+
+    def shut(self, worker: str) -> None:
+        """The worker takes no calls."""
+        if self.open.pop(worker, None):
+            self.free -= self._free.pop(worker)
+            self._latest.pop(worker, None)
+            self._aside.pop(worker, None)
+
+    def refresh(self, worker: str) -> None:
+        """A call has started or ended there, or KV bytes were freed."""
+        info = self.open.get(worker)
+        if info is None:
+            return
+        running = len(self._calls.on_worker(worker))
+        free = max(0, info.max_inflight - running)
+        self.free += free - self._free.get(worker, 0)
+        self._free[worker] = free
+        self._aside.pop(worker, None)
+        if not free:
+            self._latest.pop(worker, None)
+            return
+        if self.affinity:
+            used = self._ledger.claims[worker].kv_used
+            window, entry = 0, (running / info.max_inflight, used, worker)
+        else:
+            window, entry = info.max_inflight, (self._calls.work.get(worker, 0), 0, worker)
+        self._latest[worker] = entry
+        heap = self._heaps.setdefault(window, [])
+        heapq.heappush(heap, entry)
+        if len(heap) > 4 * len(self.open) + 64:
+            self._tidy(window)
+
+    def set_aside(self, worker: str) -> None:
+        """The call that goes next does not fit on the worker."""
+        self._latest.pop(worker, None)
+        room = self._ledger.claims[worker].kv_free
+        self._aside[worker] = room
+        heapq.heappush(self._roomiest, (-room, worker))
+        if len(self._roomiest) > 4 * len(self._aside) + 64:
+            self._roomiest = [(-size, name) for name, size in self._aside.items()]
+            heapq.heapify(self._roomiest)
+
+    def is_aside(self, worker: str) -> bool:
+        return worker in self._aside
+
+    def roomiest(self, call: Call) -> WorkerInfo | None:
+        """Of those set aside, the one with the most free KV bytes, if `call` fits there."""
+        heap = self._roomiest
+        while heap:
+            room, worker = -heap[0][0], heap[0][1]
+            if self._aside.get(worker) == room:
+                info = self.open[worker]
+                return info if kv_bytes(call, info) <= room else None
+            heapq.heappop(heap)
+        return None
+
+    def least(self, call: Call) -> WorkerInfo | None:
+        """The least loaded worker with a free place, of those not set aside."""
+        best: tuple[float, float, str] | None = None
+        for window, heap in self._heaps.items():
+            while heap and self._latest.get(heap[0][2]) is not heap[0]:
+                heapq.heappop(heap)
+            if heap:
+                entry = heap[0]
+                if not self.affinity:
+                    entry = ((entry[0] + call.work) / window, 0, entry[2])
+                if best is None or entry < best:
+                    best = entry
+        return None if best is None else self.open[best[2]]
+
+    def least_of_all(self, call: Call) -> WorkerInfo | None:
+        """The least loaded worker with a free place, also of those set aside."""
+        mine = (info for worker, info in self.open.items() if self._free[worker])
+        return min(mine, key=lambda info: self._load(info, call), default=None)
+
+    def last_of_run(self, worker: str) -> WorkerInfo | None:
+        """With affinity: `worker`, the run's last, if it has a place and is not much busier."""
+        info = self.open.get(worker)
+        if not self.affinity or info is None or not self._free[worker] or worker in self._aside:
+            return None
+        heap = self._heaps[0]
+        while self._latest.get(heap[0][2]) is not heap[0]:
+            heapq.heappop(heap)
+        least = self._in_flight(heap[0][2])
+        return info if self._in_flight(worker) <= _AFFINITY_SLACK * least + 1 else None
+
+    def _in_flight(self, worker: str) -> int:
+        return len(self._calls.on_worker(worker))
+
+    def _load(self, info: WorkerInfo, call: Call) -> Entry:
+        if self.affinity:
+            used = self._ledger.claims[info.worker].kv_used
+            return self._in_flight(info.worker) / info.max_inflight, used, info.worker
+        work = self._calls.work.get(info.worker, 0)
+        return (work + call.work) / info.max_inflight, 0, info.worker
+
+    def _tidy(self, window: int) -> None:
+        latest = self._latest
+        heap = [entry for entry in self._heaps[window] if latest.get(entry[2]) is entry]
+        heapq.heapify(heap)
+        self._heaps[window] = heap
+
+
+class PlaceTable:
+    """The places of every model. What has changed is taken over by `settle`."""
+
+    def __init__(self, calls: CallTable, ledger: Ledger, affinity: bool) -> None:
+        self._calls = calls
+        self._ledger = ledger
+        self._affinity = affinity
+        self._places: dict[str, Places] = {}
+        self._suspects: dict[str, float] = {}
+        self._moved: dict[str, str] = {}
+        """Worker -> its model, of those that may take calls now, or no more."""
+
+    def of(self, model: str) -> Places:
+        places = self._places.get(model)
+        if places is None:
+            places = self._places[model] = Places(self._calls, self._ledger, self._affinity)
+        return places
+
+    def moved(self, info: WorkerInfo) -> None:
+        """Whether the worker takes calls may have changed."""
+        self._moved[info.worker] = info.model
+
+    def suspect(self, info: WorkerInfo, until: float) -> None:
+        """The worker broke a call: it gets no other until then."""
+        self._suspects[info.worker] = until
+        self.moved(info)
+
+    def trust(self, worker: str) -> None:
+        """Its node has spoken of it."""
+        self._suspects.pop(worker, None)
+
+    def settle(
+        self,
+        workers: dict[str, WorkerInfo],
+        takes_calls: Callable[[WorkerInfo], bool],
+        now: float,
+    ) -> Iterable[str]:
+        """Bring the open workers and their loads up to date; the models that this concerns."""
+        if self._suspects:
+            for worker in [w for w, until in self._suspects.items() if until <= now]:
+                del self._suspects[worker]
+                if info := workers.get(worker):
+                    self.moved(info)
+        freed = self._ledger.freed
+        if not freed and not self._moved:
+            return ()
+        models = self._take_moved(workers, takes_calls) if self._moved else set()
+        while freed:
+            if info := workers.get(freed.pop()):
+                self.of(info.model).refresh(info.worker)
+                models.add(info.model)
+        return models
+
+    def _take_moved(
+        self, workers: dict[str, WorkerInfo], takes_calls: Callable[[WorkerInfo], bool]
+    ) -> set[str]:
+        models = set(self._moved.values())
+        for worker, model in self._moved.items():
+            info = workers.get(worker)
+            if info is None or info.model != model or worker in self._suspects:
+                self.of(model).shut(worker)
+            elif takes_calls(info):
+                self.of(model).admit(info)
+            else:
+                self.of(model).shut(worker)
+        self._moved.clear()
+        return models

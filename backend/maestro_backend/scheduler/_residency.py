@@ -3,28 +3,27 @@
 On demand first (waiting calls, oldest first), then what runs expect (soonest first), then preload.
 A model comes from whatever tier it is in. For a preload nothing makes room; for an expected model
 only what is idle and not expected as soon; for a waiting call all that is idle, and, after a while,
-also workers that have to be drained first.
+also workers that have to be drained first. Where all workers of a model are full, another one is
+brought in (`_replicas`), and an idle worker whose model has others is the first to leave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ._calls import Call
 from ._commands import Command
-from ._ledger import Ledger, copy_bytes, device_key, kv_most, kv_rounded
+from ._ledger import Ledger, copy_bytes, device_key, kv_least, kv_most, kv_rounded
 from ._nouns import Residency, WorkerInfo, WorkerState
 from ._placement import kv_bytes
 from ._room import Step, carry_out, find_room, tiers_of
 from ._world import World
 
-_COMING = (
-    WorkerState.READY,
-    WorkerState.STARTING,
-    WorkerState.RESUMING,
-    WorkerState.RESTARTING,
-)
+_REPLICA_S = 1.0
+"""A further worker of a model is brought in for calls that have waited so long at the least; it is
+thought of about as often (ours)."""
 _NEARNESS = tuple(Residency)
 
 
@@ -41,12 +40,14 @@ class Demand:
     """A model that should be on a device.
 
     `oldest` is the oldest call that waits for it; `expected_at` when a run will likely call it.
-    With neither it is a preload, for which nothing else makes room.
+    With neither it is a preload, for which nothing else makes room. A `replica` is a further worker
+    of a model that has some already.
     """
 
     model: str
     oldest: Call | None = None
     expected_at: float | None = None
+    replica: bool = False
 
 
 class Residencies:
@@ -55,16 +56,14 @@ class Residencies:
     def __init__(self, world: World) -> None:
         self._world = world
         self.preload: list[str] = []
-        self.draining: dict[str, str] = {}
-        """Worker that takes no more calls -> the model it makes room for."""
         self.failures: dict[str, Failure] = {}
         self.broken: set[str] = set()
         """Suspended workers that could not resume: they are stopped and started anew."""
-
-    def closed(self) -> set[str]:
-        """Workers that must get no calls: leaving, or making room."""
-        moves = self._world.moves.values()
-        return {m.worker for m in moves if m.residency is not Residency.DEVICE} | set(self.draining)
+        self.unmet: set[str] = set()
+        """Models that should be on a device, and neither are nor come, as of the last plan."""
+        self._expected: dict[str, float] = {}
+        """When models were expected, at that plan."""
+        self._replicated = 0.0
 
     def arriving(self, worker: str) -> bool:
         move = self._world.move_of(worker)
@@ -78,16 +77,43 @@ class Residencies:
     def fail(self, model: str, detail: str, now: float) -> None:
         self.failures[model] = Failure(now + self._world.settings.failure_pause_s, detail)
 
+    def sooner(self, model: str) -> bool:
+        """Whether `model` is not here, and is expected sooner than when that was last planned."""
+        if self._world.served(model):
+            return False
+        at = self._world.runs.expected_at(model)
+        return at is not None and at < self._expected.get(model, math.inf)
+
     def plan(self, now: float) -> Iterator[Command]:
         """The moves to make now, most urgent first."""
         spoken_for: set[str] = set()
-        wanted: set[str] = set()
-        for demand in self._demands():
+        self.unmet = set()
+        demands = self._demands()
+        for demand in demands:
             if not self._settled(demand.model, now):
-                wanted.add(demand.model)
+                self.unmet.add(demand.model)
                 yield from self._bring(demand, spoken_for, now)
-        self.draining = {w: model for w, model in self.draining.items() if model in wanted}
+        self._expected = {d.model: d.expected_at for d in demands if d.expected_at is not None}
+        for worker, model in list(self._world.draining.items()):
+            if model not in self.unmet:
+                self._world.undrain(worker)
         self.preload = [model for model in self.preload if self._fetching(model)]
+        if now - self._replicated >= _REPLICA_S / 2:
+            self._replicated = now
+            yield from self._replicas(demands, spoken_for, now)
+
+    def plan_on(self, devices: Iterable[str], now: float) -> Iterator[Command]:
+        """As `plan`, where only on these devices something may have become possible."""
+        spoken_for: set[str] = set()
+        for demand in self._demands() if self.unmet else ():
+            if demand.model in self.unmet and not self._settled(demand.model, now):
+                workers = [
+                    w
+                    for device in devices
+                    for w in self._world.of_device(device)
+                    if w.model == demand.model
+                ]
+                yield from self._bring(demand, spoken_for, now, workers)
 
     def _demands(self) -> list[Demand]:
         """Most urgent first: by the oldest waiting call, then expected, then preload."""
@@ -106,43 +132,83 @@ class Residencies:
         """The oldest call of each model that waits for weights: in the queue, or in a worker that
         is suspended."""
         calls = self._world.calls
-        waiting = {model: list(queue.values()) for model, queue in calls.queues.items() if queue}
-        for worker, running in calls.running.items():
-            info = self._world.workers.get(worker)
-            if running and info is not None and info.state is WorkerState.SUSPENDED:
-                waiting.setdefault(info.model, []).extend(running.values())
+        waiting = {model: [next(iter(q.values()))] for model, q in calls.queues.items() if q}
+        for worker in self._world.stranded:
+            info = self._world.workers[worker]
+            waiting.setdefault(info.model, []).extend(calls.on_worker(worker).values())
         yield from (min(some, key=_urgency) for some in waiting.values())
 
     def _settled(self, model: str, now: float) -> bool:
         """Whether nothing needs doing: there already, on its way, or not to be tried."""
         if self.failure(model, now):
             return True
-        mine = [w for w in self._world.workers.values() if w.model == model]
-        return not mine or any(self._comes(w) for w in mine)
-
-    def _comes(self, info: WorkerInfo) -> bool:
-        if self.arriving(info.worker):
-            return True
-        leaves = info.worker in self.draining or self._world.move_of(info.worker) is not None
-        return info.state in _COMING and not leaves
+        return not self._world.of_model(model) or self._world.served(model)
 
     def _fetching(self, model: str) -> bool:
         """Whether its checkpoint is on the way to the disk: its start comes after that."""
-        moves = (
-            self._world.move_of(w.worker) for w in self._world.workers.values() if w.model == model
-        )
+        moves = (self._world.move_of(w.worker) for w in self._world.of_model(model))
         return any(move is not None and move.residency is Residency.DISK for move in moves)
+
+    # --- further workers ------------------------------------------------------------------------
+
+    def _replicas(
+        self, demands: list[Demand], spoken_for: set[str], now: float
+    ) -> Iterator[Command]:
+        """Another worker for each model whose calls wait although its workers are full, once the
+        oldest has waited for about as long as that takes."""
+        world = self._world
+        for demand in demands:
+            model = demand.model
+            if len(world.of_model(model)) < 2 or model in self.unmet or self.failure(model, now):
+                continue
+            queue = world.calls.queued(model)
+            oldest = next((call for call in queue.values() if call.key is not None), None)
+            if oldest is None or (world.places.of(model).free and model not in world.short):
+                continue
+            replica = Demand(model, oldest, replica=True)
+            workers = [w for w in world.of_model(model) if self._may_come(w, replica, now)]
+            if workers and self._places_coming(model) < len(queue):
+                yield from self._bring(replica, spoken_for, now, workers)
+
+    def _may_come(self, info: WorkerInfo, replica: Demand, now: float) -> bool:
+        """Whether the worker could be a further one, now that the oldest call has waited so."""
+        assert replica.oldest is not None
+        waited_s = now - replica.oldest.arrived
+        if waited_s < max(_REPLICA_S, info.activation_s.get(info.residency, 0.0)):
+            return False
+        if self._world.comes(info):
+            return False
+        return self._kv_room(info) >= kv_least(info) or any(
+            self._may_leave(w, replica, now) for w in self._world.of_device(_device(info))
+        )
+
+    def _places_coming(self, model: str) -> int:
+        world = self._world
+        coming = (w for w in world.of_model(model) if world.comes(w))
+        return sum(w.max_inflight for w in coming if w.state is not WorkerState.READY)
 
     # --- bringing in ----------------------------------------------------------------------------
 
-    def _bring(self, demand: Demand, spoken_for: set[str], now: float) -> Iterator[Command]:
-        """Bring the model in where it fits, the nearest tier first; else make room for it."""
-        moving = {m.worker for m in self._world.moves.values()} | set(self.draining)
-        mine = sorted(
-            (w for w in self._world.workers.values() if w.model == demand.model),
-            key=lambda w: _NEARNESS.index(w.residency),
-        )
-        open_ = [w for w in mine if w.worker not in moving and _device(w) not in spoken_for]
+    def _bring(
+        self,
+        demand: Demand,
+        spoken_for: set[str],
+        now: float,
+        workers: Iterable[WorkerInfo] | None = None,
+    ) -> Iterator[Command]:
+        """Bring the model in where it fits, the nearest tier first; else make room for it.
+
+        `workers`: those that come into question, all of the model if it is None.
+        """
+        world = self._world
+        mine = world.of_model(demand.model) if workers is None else workers
+        open_ = [
+            w
+            for w in sorted(mine, key=lambda w: _NEARNESS.index(w.residency))
+            if world.move_of(w.worker) is None
+            and w.worker not in world.draining
+            and _device(w) not in spoken_for
+        ]
         for info in open_:
             if info.residency is Residency.REMOTE or info.worker in self.broken:
                 yield self._world.set_residency(info, Residency.DISK)
@@ -205,12 +271,17 @@ class Residencies:
             info,
             short,
             now,
-            lambda w: self._may_leave(w, demand),
-            lambda w: self._may_leave(w, demand, Residency.DISK),
+            lambda w: self._may_leave(w, demand, now),
+            lambda w: self._may_leave(w, demand, now, Residency.DISK),
         )
         if steps is None and self._impatient(demand, now):
             steps = find_room(
-                world, info, short, now, lambda w: self._may_drain(w, demand), at_any_price=True
+                world,
+                info,
+                short,
+                now,
+                lambda w: self._may_drain(w, demand, now),
+                at_any_price=True,
             )
         if steps is None:
             return None
@@ -226,9 +297,8 @@ class Residencies:
                 continue
             leaving = (
                 w.host_bytes
-                for w in world.workers.values()
-                if w.node == step.worker.node
-                and w.residency is Residency.HOST
+                for w in world.of_node(step.worker.node)
+                if w.residency is Residency.HOST
                 and (move := world.move_of(w.worker))
                 and move.residency is Residency.PARKED
             )
@@ -241,7 +311,7 @@ class Residencies:
     def _take(self, steps: list[Step], demand: Demand) -> Iterator[Command]:
         for step in steps:
             if step.residency is not None and self._world.calls.on_worker(step.worker.worker):
-                self.draining[step.worker.worker] = demand.model
+                self._world.drain(step.worker.worker, demand.model)
             else:
                 yield carry_out(self._world, step)
 
@@ -270,9 +340,8 @@ class Residencies:
         used = world.last_used
         older = [
             w
-            for w in world.workers.values()
-            if w.node == info.node
-            and w.state is WorkerState.SUSPENDED
+            for w in world.of_node(info.node)
+            if w.state is WorkerState.SUSPENDED
             and w.residency is Residency.HOST
             and Residency.PARKED in w.tiers
             and world.move_of(w.worker) is None
@@ -283,36 +352,51 @@ class Residencies:
         ]
         return sorted(older, key=lambda w: (used.get(w.worker, 0.0), w.worker))
 
-    def _may_leave(self, info: WorkerInfo, demand: Demand, to: Residency = Residency.HOST) -> bool:
+    def _may_leave(
+        self, info: WorkerInfo, demand: Demand, now: float, to: Residency = Residency.HOST
+    ) -> bool:
         """Whether an idle worker may make room for the demand, by going as far as `to`."""
         world = self._world
         if info.model in world.settings.pinned or info.model == demand.model:
             return False
-        if self.draining.get(info.worker) == demand.model:
+        if world.draining.get(info.worker) == demand.model:
             return not world.calls.on_worker(info.worker)
         if not world.idle(info):
             return False
         at = world.runs.expected_at(info.model)
-        if at is None or demand.oldest is not None or world.settings.look_ahead == "all":
+        spare, all_ahead = world.spare(info), world.settings.look_ahead == "all"
+        if (spare or demand.replica) and self._has_just_come(info, to, now):
+            return False
+        if at is None or spare or all_ahead or (demand.oldest is not None and not demand.replica):
             return True
+        if demand.replica:
+            return False
         # Against thrashing: it could be back before it is needed, the newcomer having been used.
         back_s = info.activation_s.get(to, 0.0)
         return demand.expected_at is not None and demand.expected_at + back_s < at
 
-    def _impatient(self, demand: Demand, now: float) -> bool:
-        waited = now - demand.oldest.arrived if demand.oldest else 0.0
-        return demand.oldest is not None and waited >= self._world.settings.patience_s
+    def _has_just_come(self, info: WorkerInfo, to: Residency, now: float) -> bool:
+        """Against thrashing: it has been ready for less time than it takes to be back."""
+        back_s = max(_REPLICA_S, info.activation_s.get(to, 0.0))
+        came = self._world.came.get(info.worker)
+        return came is not None and now - came < back_s
 
-    def _may_drain(self, info: WorkerInfo, demand: Demand) -> bool:
+    def _impatient(self, demand: Demand, now: float) -> bool:
+        if demand.oldest is None or demand.replica:
+            return False
+        return now - demand.oldest.arrived >= self._world.settings.patience_s
+
+    def _may_drain(self, info: WorkerInfo, demand: Demand, now: float) -> bool:
         """Whether a busy worker may stop taking calls, to leave when it is idle."""
-        if self._may_leave(info, demand):
+        if self._may_leave(info, demand, now):
             return True
         calls = self._world.calls
         pinned = info.model in self._world.settings.pinned or info.model == demand.model
         stuck = info.state is WorkerState.SUSPENDED and calls.on_worker(info.worker)
         if pinned or stuck or demand.oldest is None:
             return False
-        return all(_urgency(demand.oldest) < _urgency(c) for c in calls.queued(info.model).values())
+        oldest = calls.oldest(info.model)
+        return oldest is None or _urgency(demand.oldest) < _urgency(oldest)
 
 
 def _device(info: WorkerInfo) -> str:

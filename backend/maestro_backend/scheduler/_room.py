@@ -2,8 +2,8 @@
 
 Idle workers' KV shrinks to its floor, then that of busy ones to what is in use, then weights of
 idle workers leave the device. A process is stopped only where its residual itself is needed: where
-putting all weights aside would not be enough. The least recently used first; what a run expects
-last.
+putting all weights aside would not be enough. First come those whose model has another ready
+worker, then the least recently used; what a run expects last.
 """
 
 from __future__ import annotations
@@ -83,10 +83,11 @@ class Room:
         )
         self._neighbours = sorted(neighbours, key=self._worth)
 
-    def _worth(self, info: WorkerInfo) -> tuple[bool, float, float, str]:
+    def _worth(self, info: WorkerInfo) -> tuple[bool, bool, float, float, str]:
         at = self._world.runs.expected_at(info.model)
         used = self._world.last_used.get(info.worker, 0.0)
-        return (at is not None, -(at or 0.0), used, info.worker)
+        needed = not self._world.spare(info)
+        return (needed, at is not None, -(at or 0.0), used, info.worker)
 
     def shrinks(self) -> Iterator[Step]:
         """The KV of idle workers, down to the floor or what is kept."""

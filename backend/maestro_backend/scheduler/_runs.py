@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, field
 
 from ._events import ForecastCall, RunStarted
@@ -25,12 +26,21 @@ class Run:
     """One run: deadline, forecast and its live calls. Only the scheduler mutates it."""
 
     run: str
+    workflow: str = ""
     slo: str = "standard"
     tenant: str = "default"
+    started: float = 0.0
+    """When it was first heard of (seconds)."""
     deadline: float | None = None
     forecast: tuple[ForecastCall, ...] = ()
+    future_s: float = 0.0
+    """Predicted seconds of work after what runs now: the longest likely path of the forecast."""
     models: dict[str, float] = field(default_factory=dict)
     """What the likely part of the forecast needs, and when at the earliest (seconds)."""
+    attained_s: float = 0.0
+    """Time that its ended calls have spent on workers."""
+    waited_s: float = 0.0
+    """Time that they had spent in queues before."""
     last_ended: dict[str, EndedCall] = field(default_factory=dict)
     """By model."""
     absorbed: list[tuple[str, str]] = field(default_factory=list)
@@ -42,7 +52,7 @@ class Run:
 
     def start(self, event: RunStarted, now: float) -> None:
         """Take over what the event says; a run may be known from its first call already."""
-        self.slo, self.tenant = event.slo, event.tenant
+        self.workflow, self.slo, self.tenant = event.workflow, event.slo, event.tenant
         self.deadline = None if event.deadline_s is None else now + event.deadline_s
 
     def pause(self, now: float) -> None:
@@ -54,11 +64,6 @@ class Run:
             self.deadline += now - self.paused_at
         self.paused_at = None
 
-    def future_s(self) -> float:
-        """Predicted seconds of work after what runs now: the longest likely path."""
-        likely = (c for c in self.forecast if c.probability >= LIKELY)
-        return max((c.earliest_start_s + c.service_s for c in likely), default=0.0)
-
 
 class RunTable:
     """All runs the scheduler knows, and which of them expect each model."""
@@ -68,45 +73,74 @@ class RunTable:
         """A forecast call is expected from this probability on."""
         self.by_id: dict[str, Run] = {}
         self._expecting: dict[str, dict[str, float]] = {}
+        self._soonest: dict[str, list[tuple[float, str]]] = {}
+        """By model, a heap of times and runs; what `_expecting` does not say any more is void."""
 
     def get(self, run: str) -> Run | None:
         return self.by_id.get(run)
 
     def ensure(self, run: str, now: float) -> Run:
         """The run, new if it was unknown; it has been seen now."""
-        state = self.by_id.setdefault(run, Run(run))
+        state = self.by_id.get(run)
+        if state is None:
+            state = self.by_id[run] = Run(run, started=now)
         state.last_seen = now
         return state
 
     @property
     def expected(self) -> dict[str, float]:
         """The models that some run will likely call, and when at the earliest; soonest first."""
-        soonest = {model: min(runs.values()) for model, runs in self._expecting.items()}
-        return dict(sorted(soonest.items(), key=lambda item: (item[1], item[0])))
+        soonest = [(self.expected_at(model), model) for model in self._expecting]
+        return {model: at for at, model in sorted((a, m) for a, m in soonest if a is not None)}
 
     def expected_at(self, model: str) -> float | None:
         """When some run will likely call `model`, at the earliest; None if none will."""
-        return min(self._expecting.get(model, {}).values(), default=None)
+        runs = self._expecting.get(model)
+        if not runs:
+            return None
+        heap = self._soonest[model]
+        while runs.get(heap[0][1]) != heap[0][0]:
+            heapq.heappop(heap)
+        return heap[0][0]
 
     def believe(self, run: Run, forecast: tuple[ForecastCall, ...], now: float) -> None:
         """Replace the run's forecast."""
-        for model in run.models:
-            del self._expecting[model][run.run]
-            if not self._expecting[model]:
-                del self._expecting[model]
-        run.forecast, run.models = forecast, {}
+        name, before = run.run, run.models
+        likely_s = 0.0
+        models: dict[str, float] = {}
         for call in forecast:
-            if call.probability >= self._bound:
-                at = now + call.earliest_start_s
-                run.models[call.model] = min(at, run.models.get(call.model, at))
-        for model, at in run.models.items():
-            self._expecting.setdefault(model, {})[run.run] = at
+            start_s, probability = call.earliest_start_s, call.probability
+            if probability >= LIKELY and start_s + call.service_s > likely_s:
+                likely_s = start_s + call.service_s
+            if probability >= self._bound:
+                at = now + start_s
+                if at < models.get(call.model, _NEVER):
+                    models[call.model] = at
+        run.forecast, run.future_s, run.models = forecast, likely_s, models
+        for model in before:
+            if model not in models:
+                runs = self._expecting[model]
+                del runs[name]
+                if not runs:
+                    del self._expecting[model], self._soonest[model]
+        for model, at in models.items():
+            self._expect(model, name, at)
+
+    def _expect(self, model: str, run: str, at: float) -> None:
+        runs = self._expecting.get(model)
+        if runs is None:
+            self._expecting[model], self._soonest[model] = {run: at}, [(at, run)]
+            return
+        runs[run] = at
+        heap = self._soonest[model]
+        heapq.heappush(heap, (at, run))
+        if len(heap) > 4 * len(runs) + 64:
+            heap[:] = [(at, run) for run, at in runs.items()]
+            heapq.heapify(heap)
 
     def forget(self, run: Run) -> None:
         self.believe(run, (), 0.0)
         self.by_id.pop(run.run, None)
 
-    def forget_if_over(self, run: Run) -> None:
-        """Forget a run that has ended, once its last call has too."""
-        if run.ended and not run.live_calls:
-            self.forget(run)
+
+_NEVER = float("inf")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,19 @@ from ._dispatch import Dispatcher
 from ._invariants import check
 from ._kept import KeptPrefixes
 from ._nouns import Residency, WorkerInfo, WorkerState
+from ._queues import Queues
 from ._residency import Residencies
+from ._runs import Run
 from ._settings import Settings
 from ._shortage import Shortage
 from ._verdicts import Verdicts
 from ._world import Action, Move, Preemption, World
 from .policies import Policy
+
+_REVIEW_S = 1.0
+"""What depends on time alone (patience, rests, pauses) is looked at this often, or at each Tick."""
+
+_NO_COMMANDS: list[Command] = []
 
 
 class Scheduler:
@@ -33,9 +40,15 @@ class Scheduler:
         self.residencies = Residencies(world)
         self._verdicts = Verdicts(world, self.residencies)
         self._kept = KeptPrefixes(world)
-        self._shortage = Shortage(world, policy)
-        self._dispatcher = Dispatcher(world, policy, self.residencies, self._shortage, self._kept)
-        self._handlers: dict[type, Callable[[Any, float], Iterator[Command]]] = {
+        self._queues = Queues(world, policy)
+        self._shortage = Shortage(world, self._queues)
+        self._dispatcher = Dispatcher(world, policy, self._queues, self._shortage, self._kept)
+        self._reviewed = -_REVIEW_S
+        self._no_idle_run_before = 0.0
+        self._standing: set[str] = set()
+        """Models whose calls were waiting after some event, and have been since."""
+        self._queued: set[str] = set()
+        self._handlers: dict[type, Callable[[Any, float], Iterable[Command]]] = {
             ev.RunStarted: self._run_started,
             ev.Announced: self._run_seen,
             ev.ForecastChanged: self._forecast_changed,
@@ -64,10 +77,23 @@ class Scheduler:
     def handle(self, event: ev.Event, now: float) -> list[Command]:
         """Take one event at time `now` (seconds, never going back); return what to do."""
         commands = list(self._handlers[type(event)](event, now))
-        if not isinstance(event, ev.CallProgress):
-            commands += self.residencies.plan(now)
-            commands += self._reject_hopeless(now)
+        if isinstance(event, ev.CallProgress):
+            return commands
+        world, calls = self._world, self.calls
+        if calls.emptied:
+            self._note_emptied()
+        if world.changed or now - self._reviewed >= _REVIEW_S:
+            commands += self._review(now)
+        else:
+            if world.touched and self.residencies.unmet:
+                commands += self.residencies.plan_on(world.touched, now)
             commands += self._dispatcher.dispatch(now)
+        world.touched.clear()
+        if calls.emptied:
+            self._note_emptied()
+        while self._queued:
+            if calls.queued(model := self._queued.pop()):
+                self._standing.add(model)
         return commands
 
     def validate(self) -> None:
@@ -78,90 +104,175 @@ class Scheduler:
         """
         check(self._world)
 
+    # --- planning -------------------------------------------------------------------------------
+
+    def _review(self, now: float) -> Iterator[Command]:
+        """Look at everything anew."""
+        self._reviewed, self._world.changed = now, False
+        self._queues.rekey_all(now)
+        self._world.settle_places(now)
+        yield from self.residencies.plan(now)
+        yield from self._reject_hopeless(now)
+        yield from self._dispatcher.dispatch(now, everything=True)
+
+    def _reject_hopeless(self, now: float) -> Iterator[Command]:
+        """Answer calls that no worker can take."""
+        for model in [m for m, queue in self.calls.queues.items() if queue]:
+            if verdict := self._verdicts.hopeless(model, now):
+                reason, detail, retry_after_s = verdict
+                for call in list(self.calls.queued(model).values()):
+                    self._end(call, now)
+                    yield Reject(self._world.next_id(), call.call, reason, detail, retry_after_s)
+
+    def _note_emptied(self) -> None:
+        """Where the last waiting call of a model has gone, its idle workers may make room, and
+        what it waited for is free for others."""
+        for model in self.calls.emptied & self._standing:
+            self._standing.discard(model)
+            if self.residencies.unmet or self._world.short:
+                self._world.touch(model)
+            if model in self.residencies.unmet:
+                self._world.changed = True
+        self.calls.emptied.clear()
+
     # --- runs -----------------------------------------------------------------------------------
 
-    def _run_started(self, event: ev.RunStarted, now: float) -> Iterator[Command]:
-        self.runs.ensure(event.run, now).start(event, now)
-        yield from ()
+    def _run_started(self, event: ev.RunStarted, now: float) -> Iterable[Command]:
+        run = self.runs.ensure(event.run, now)
+        run.start(event, now)
+        self._rekey(run, now)
+        return _NO_COMMANDS
 
     def _run_seen(
         self,
         event: ev.Announced | ev.StageStarted | ev.StageEnded | ev.ToolStarted | ev.ToolEnded,
         now: float,
-    ) -> Iterator[Command]:
+    ) -> Iterable[Command]:
         """A sign of life; it may come after the run's end, and then starts nothing."""
         if run := self.runs.get(event.run):
             run.last_seen = now
-        yield from ()
+        return _NO_COMMANDS
 
-    def _forecast_changed(self, event: ev.ForecastChanged, now: float) -> Iterator[Command]:
+    def _forecast_changed(self, event: ev.ForecastChanged, now: float) -> Iterable[Command]:
         run = self.runs.ensure(event.run, now)
-        if not run.ended:
-            self.runs.believe(run, event.calls, now)
-            yield from self._kept.review(run, now)
+        if run.ended:
+            return _NO_COMMANDS
+        self._believe(run, event.calls, now)
+        return self._kept.review(run, now) if run.last_ended else _NO_COMMANDS
 
-    def _run_paused(self, event: ev.RunPaused, now: float) -> Iterator[Command]:
+    def _believe(self, run: Run, forecast: tuple[ev.ForecastCall, ...], now: float) -> None:
+        """Replace a run's forecast, and note who should be brought in, or may leave, for it."""
+        before, residencies = run.models, self.residencies
+        self.runs.believe(run, forecast, now)
+        for model in run.models:
+            if residencies.sooner(model):
+                self._world.changed = True
+        for model in before if residencies.unmet else ():
+            if self.runs.expected_at(model) is None:
+                self._world.touch(model)
+        self._rekey(run, now)
+
+    def _rekey(self, run: Run, now: float) -> None:
+        if run.live_calls:
+            for model in self._queues.rekey_run(run, now):
+                self._dispatcher.stir(model)
+
+    def _run_paused(self, event: ev.RunPaused, now: float) -> Iterable[Command]:
         if run := self.runs.get(event.run):
             run.pause(now)
-        yield from ()
+        return _NO_COMMANDS
 
-    def _run_resumed(self, event: ev.RunResumed, now: float) -> Iterator[Command]:
+    def _run_resumed(self, event: ev.RunResumed, now: float) -> Iterable[Command]:
         if run := self.runs.get(event.run):
             run.resume(now)
-        yield from ()
+            self._rekey(run, now)
+        return _NO_COMMANDS
 
-    def _run_ended(self, event: ev.RunEnded, now: float) -> Iterator[Command]:
+    def _run_ended(self, event: ev.RunEnded, now: float) -> Iterable[Command]:
         if run := self.runs.get(event.run):
-            self.runs.believe(run, (), now)
+            self._believe(run, (), now)
             run.ended = True
-            self.runs.forget_if_over(run)
-        yield from self._kept.forget(event.run)
+            self._forget_if_over(run, now)
+        return self._kept.forget(event.run, self.runs.get(event.run))
+
+    def _forget_if_over(self, run: Run, now: float) -> None:
+        if run.ended and not run.live_calls:
+            self._forget(run, now)
+
+    def _forget(self, run: Run, now: float) -> None:
+        self.runs.forget(run)
+        self.policy.run_over(run, now)
 
     # --- calls ----------------------------------------------------------------------------------
 
-    def _call_arrived(self, event: ev.CallArrived, now: float) -> Iterator[Command]:
+    def _call_arrived(self, event: ev.CallArrived, now: float) -> Iterable[Command]:
         if event.call in self.calls.by_id:
-            return
+            return _NO_COMMANDS
         if refusal := self._verdicts.refusal(event):
-            reason, detail, retry_after_s = refusal
-            yield Reject(self._world.next_id(), event.call, reason, detail, retry_after_s)
-            return
-        self.calls.add(event, now)
-        run = self.runs.ensure(event.run, now)
-        run.live_calls.add(event.call)
+            return [Reject(self._world.next_id(), event.call, *refusal)]
+        run, model = self.runs.ensure(event.run, now), event.model
         run.ended = event.run == event.call  # a call without a run is one of its own
+        call = self.calls.add(event, now)
+        run.live_calls.add(event.call)
+        self.policy.arrived(call, run, now)
+        self._enqueue(call, run, now)
+        if len(self.calls.queued(model)) == 1 and not self._world.served(model):
+            self._world.changed = True
+        return _NO_COMMANDS
 
-    def _call_predicted(self, event: ev.CallPredicted, now: float) -> Iterator[Command]:
-        if call := self.calls.by_id.get(event.call):
-            call.request = replace(
-                call.request,
-                length=event.length,
-                service_s=event.service_s,
-                kv_tokens=event.kv_tokens,
-            )
-            if call.worker in self.workers:
-                worker = self.workers[call.worker]
-                yield from self._shortage.progress(call, worker, event.kv_tokens, now)
+    def _enqueue(self, call: Call, run: Run | None, now: float) -> None:
+        self._queued.add(call.request.model)
+        if self._queues.add(call, run, now):
+            self._dispatcher.stir(call.request.model)
 
-    def _call_progress(self, event: ev.CallProgress, now: float) -> Iterator[Command]:
+    def _call_predicted(self, event: ev.CallPredicted, now: float) -> Iterable[Command]:
         call = self.calls.by_id.get(event.call)
-        if call and call.worker in self.workers:
-            tokens = event.computed_tokens + event.generated_tokens
-            yield from self._shortage.progress(call, self.workers[call.worker], tokens, now)
+        if call is None:
+            return _NO_COMMANDS
+        request = replace(
+            call.request,
+            length=event.length,
+            service_s=event.service_s,
+            kv_tokens=event.kv_tokens,
+        )
+        self.calls.predict(call, request)
+        if call.worker in self.workers:
+            self.ledger.freed.add(call.worker)
+            return self._shortage.progress(call, self.workers[call.worker], event.kv_tokens, now)
+        self._queues.rekey(call, self.runs.get(request.run), now)
+        self._world.short.pop(request.model, None)
+        self._dispatcher.stir(request.model)
+        return _NO_COMMANDS
 
-    def _call_finished(self, event: ev.CallFinished, now: float) -> Iterator[Command]:
-        if call := self.calls.by_id.get(event.call):
-            tokens = event.prompt_tokens + event.output_tokens or call.request.kv_tokens
-            worker = call.worker
-            if worker is not None:
-                self.ledger.release(worker, call.call)
-            yield from self._kept.ended(call, tokens, now)
-            self._end(call, now)
+    def _call_progress(self, event: ev.CallProgress, now: float) -> Iterable[Command]:
+        call = self.calls.by_id.get(event.call)
+        if call is None or call.worker not in self.workers:
+            return _NO_COMMANDS
+        tokens = event.computed_tokens + event.generated_tokens
+        return self._shortage.progress(call, self.workers[call.worker], tokens, now)
 
-    def _call_failed(self, event: ev.CallFailed, now: float) -> Iterator[Command]:
+    def _call_finished(self, event: ev.CallFinished, now: float) -> Iterable[Command]:
+        call = self.calls.by_id.get(event.call)
+        if call is None:
+            return _NO_COMMANDS
+        tokens = event.prompt_tokens + event.output_tokens or call.request.kv_tokens
+        run = self.runs.get(call.request.run)
+        if call.worker is not None:
+            self.ledger.release(call.worker, call.call)
+            if run is not None:
+                run.attained_s += now - call.started
+                run.waited_s += call.started - call.arrived
+                self.policy.ended(call, run, now)
+        commands = self._kept.ended(call, run, tokens, now)
+        self._end(call, now)
+        if run is not None:
+            self._rekey(run, now)
+        return commands
+
+    def _call_failed(self, event: ev.CallFailed, now: float) -> Iterable[Command]:
         call = self.calls.by_id.get(event.call)
         if call is None or (call.worker is None and event.retryable):
-            return
+            return _NO_COMMANDS
         limit = self.settings
         attempts = limit.max_attempts if event.worker_lost else limit.max_error_attempts
         if call.worker is None or not event.retryable:
@@ -169,51 +280,70 @@ class Scheduler:
         elif call.attempts >= attempts:
             self._end(call, now)
             detail = f"failed {call.attempts} times, last: {event.reason}"
-            yield Reject(self._world.next_id(), event.call, RejectReason.RETRIES_EXHAUSTED, detail)
+            reason = RejectReason.RETRIES_EXHAUSTED
+            return [Reject(self._world.next_id(), event.call, reason, detail)]
         else:
-            if event.worker_lost:
+            if event.worker_lost and (info := self.workers.get(call.worker)):
                 rest_s = limit.suspect_s * 2 ** (call.attempts - 1)
-                self._dispatcher.suspect(call.worker, now + rest_s)
-            self.ledger.release(call.worker, call.call)
-            self.calls.requeue(call)
+                self._world.places.suspect(info, now + rest_s)
+            self._take_off(call, now, self.calls.requeue)
+        return _NO_COMMANDS
 
-    def _call_cancelled(self, event: ev.CallCancelled, now: float) -> Iterator[Command]:
-        if call := self.calls.by_id.get(event.call):
-            worker = call.worker
-            self._end(call, now)
-            if worker is not None:
-                yield Abort(self._world.next_id(), event.call, worker)
+    def _take_off(self, call: Call, now: float, requeue: Callable[[Call], None]) -> None:
+        """A running call goes back to the queue."""
+        assert call.worker is not None
+        worker = call.worker
+        self.ledger.release(worker, call.call)
+        requeue(call)
+        self._world.call_left(worker)
+        self._enqueue(call, self.runs.get(call.request.run), now)
+
+    def _call_cancelled(self, event: ev.CallCancelled, now: float) -> Iterable[Command]:
+        call = self.calls.by_id.get(event.call)
+        if call is None:
+            return _NO_COMMANDS
+        worker = call.worker
+        self._end(call, now)
+        return [] if worker is None else [Abort(self._world.next_id(), event.call, worker)]
 
     def _end(self, call: Call, now: float) -> None:
         """Remove a call for good: its reservation, its place, its mark in the run."""
-        if call.worker is not None:
-            self.ledger.release(call.worker, call.call)
-            self._world.last_used[call.worker] = now
+        worker = call.worker
         self.calls.remove(call)
+        if worker is not None:
+            self.ledger.release(worker, call.call)
+            self._world.last_used[worker] = now
+            self._world.call_left(worker)
+        else:
+            self._queues.drop(call)
+            self._dispatcher.stir(call.request.model)
         if run := self.runs.get(call.request.run):
             run.live_calls.discard(call.call)
             run.last_seen = now
-            self.runs.forget_if_over(run)
+            for model in self._queues.open_joins(run, now):
+                self._dispatcher.stir(model)
+            self._forget_if_over(run, now)
 
     # --- workers and memory ---------------------------------------------------------------------
 
-    def _node_joined(self, event: ev.NodeJoined, now: float) -> Iterator[Command]:
+    def _node_joined(self, event: ev.NodeJoined, now: float) -> Iterable[Command]:
         self.ledger.add_node(event.info)
         for info in event.info.workers:
             self._take(info, now)
         self.residencies.preload = list(event.preload)
         self._verdicts.nodeless_since = None
-        yield from ()
+        self._world.changed = True
+        return _NO_COMMANDS
 
-    def _worker_changed(self, event: ev.WorkerChanged, now: float) -> Iterator[Command]:
+    def _worker_changed(self, event: ev.WorkerChanged, now: float) -> Iterable[Command]:
         self._take(event.info, now)
-        yield from ()
+        return _NO_COMMANDS
 
     def _take(self, info: WorkerInfo, now: float) -> None:
         """Believe what a node reports of a worker."""
         world = self._world
-        self.workers[info.worker] = info
-        self._dispatcher.trust(info.worker)
+        world.put(info, now)
+        world.places.trust(info.worker)
         change = world.changes.get(info.worker)
         if change is not None and change.applied and info.kv_limit_bytes <= change.limit:
             del world.changes[info.worker]
@@ -226,44 +356,39 @@ class Scheduler:
             self.residencies.fail(info.model, info.detail, now)
         world.account(info.worker)
 
-    def _node_lost(self, event: ev.NodeLost, now: float) -> Iterator[Command]:
+    def _node_lost(self, event: ev.NodeLost, now: float) -> Iterable[Command]:
         """Its workers take no more calls; those running there fail one by one in the shell."""
-        world = self._world
-        gone = [w.worker for w in self.workers.values() if w.node == event.node]
-        world.moves = {i: m for i, m in world.moves.items() if m.worker not in gone}
-        world.keeps = {i: keep for i, keep in world.keeps.items() if keep[0] not in gone}
-        self.ledger.drop_node(event.node)
-        for worker in gone:
-            del self.workers[worker]
-            rests = (world.rests, world.limit_rests)
-            for about in (world.changes, *rests, world.refused, self.residencies.draining):
-                about.pop(worker, None)
-            self.residencies.broken.discard(worker)
+        self.residencies.broken -= {w.worker for w in self._world.of_node(event.node)}
+        self._world.lose(event.node)
+        self._world.changed = True
         if not self.workers:
             self._verdicts.nodeless_since = now
-        yield from ()
+        return _NO_COMMANDS
 
-    def _memory_measured(self, event: ev.MemoryMeasured, now: float) -> Iterator[Command]:
+    def _memory_measured(self, event: ev.MemoryMeasured, now: float) -> Iterable[Command]:
         self.ledger.measured[event.device] = event.used_bytes
-        yield from ()
+        return _NO_COMMANDS
 
     # --- commands under way ---------------------------------------------------------------------
 
-    def _command_applied(self, event: ev.CommandApplied, now: float) -> Iterator[Command]:
+    def _command_applied(self, event: ev.CommandApplied, now: float) -> Iterable[Command]:
         world = self._world
-        world.keeps.pop(event.command, None)
-        if move := world.moves.pop(event.command, None):
+        if world.keeps.pop(event.command, None):
+            return _NO_COMMANDS
+        if move := world.end_move(event.command):
             if move.residency is Residency.DEVICE:
                 world.refused.pop(move.worker, None)
             self._account(move.worker)
-        elif worker := self._changing(event.command):
+        elif worker := world.changing(event.command):
             self._limit_applied(worker, now)
         elif (preemption := world.preemptions.pop(event.command, None)) and (
             call := self._running(preemption)
         ):
-            self.ledger.release(preemption.worker, call.call)
-            self.calls.preempt(call)
-        yield from ()
+            self._take_off(call, now, self.calls.preempt)
+        else:
+            return _NO_COMMANDS
+        world.changed = True
+        return _NO_COMMANDS
 
     def _limit_applied(self, worker: str, now: float) -> None:
         """A shrink may have to wait for blocks in use; it counts as under way until then."""
@@ -275,25 +400,24 @@ class Scheduler:
             self._rest_limit(worker, now)  # it gave less than was asked for
         self._account(worker)
 
-    def _command_failed(self, event: ev.CommandFailed, now: float) -> Iterator[Command]:
+    def _command_failed(self, event: ev.CommandFailed, now: float) -> Iterable[Command]:
         world = self._world
         world.counts[Action.FAILURE] += 1
-        if move := world.moves.pop(event.command, None):
+        world.changed = True
+        if move := world.end_move(event.command):
             self._move_failed(move, event.reason, now)
             self._account(move.worker)
-        elif worker := self._changing(event.command):
+        elif worker := world.changing(event.command):
             del world.changes[worker]
             self._rest_limit(worker, now)
             self._account(worker)
         elif keep := world.keeps.pop(event.command, None):
-            worker, name = keep
-            if claim := self.ledger.claims.get(worker):
-                claim.kept.pop(name, None)
+            self.ledger.forget(*keep)
         elif (preemption := world.preemptions.pop(event.command, None)) and (
             call := self._running(preemption)
         ):
             call.settled = True
-        yield from ()
+        return _NO_COMMANDS
 
     def _move_failed(self, move: Move, reason: str, now: float) -> None:
         info = self.workers[move.worker]
@@ -301,7 +425,7 @@ class Scheduler:
         if move.residency is not Residency.DEVICE and not fetched:
             known = self._world.refused.get(info.worker, frozenset())
             self._world.refused[info.worker] = known | {move.residency}
-            self.residencies.draining.pop(info.worker, None)
+            self._world.undrain(info.worker)
             self._rest(info.worker, now)
         if move.residency is Residency.DISK and (fetched or info.worker in self.residencies.broken):
             self.residencies.fail(info.model, reason, now)
@@ -326,11 +450,6 @@ class Scheduler:
     def _rest_limit(self, worker: str, now: float) -> None:
         self._world.limit_rests[worker] = now + self.settings.rest_s
 
-    def _changing(self, command: int) -> str | None:
-        """The worker whose KV limit the command changes."""
-        changes = self._world.changes.items()
-        return next((w for w, change in changes if change.command == command), None)
-
     def _running(self, preemption: Preemption) -> Call | None:
         """The call of a preemption, if it still runs in that same try."""
         call = self.calls.by_id.get(preemption.call)
@@ -338,11 +457,8 @@ class Scheduler:
         return call if same else None
 
     def _tick(self, event: ev.Tick, now: float) -> Iterator[Command]:
-        limit = now - self.settings.run_idle_s
-        idle = [r for r in self.runs.by_id.values() if r.last_seen < limit and not r.live_calls]
-        for run in idle:
-            yield from self._kept.forget(run.run)
-            self.runs.forget(run)
+        self._world.changed = True
+        yield from self._forget_idle_runs(now)
         self._kept.expire(now)
         for worker, change in list(self._world.changes.items()):
             if change.applied is not None and now - change.applied > self.settings.rest_s:
@@ -350,13 +466,14 @@ class Scheduler:
                 self._rest_limit(worker, now)
                 self._account(worker)
 
-    # --- planning -------------------------------------------------------------------------------
-
-    def _reject_hopeless(self, now: float) -> Iterator[Command]:
-        """Answer calls that no worker can take."""
-        for model in [m for m, queue in self.calls.queues.items() if queue]:
-            if verdict := self._verdicts.hopeless(model, now):
-                reason, detail, retry_after_s = verdict
-                for call in list(self.calls.queued(model).values()):
-                    self._end(call, now)
-                    yield Reject(self._world.next_id(), call.call, reason, detail, retry_after_s)
+    def _forget_idle_runs(self, now: float) -> Iterator[Command]:
+        limit = now - self.settings.run_idle_s
+        if limit <= self._no_idle_run_before:
+            return
+        silent = [run for run in self.runs.by_id.values() if not run.live_calls]
+        for run in silent:
+            if run.last_seen < limit:
+                yield from self._kept.forget(run.run, run)
+                self._forget(run, now)
+        kept = (run.last_seen for run in silent if run.last_seen >= limit)
+        self._no_idle_run_before = min(kept, default=now)

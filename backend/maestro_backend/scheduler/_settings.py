@@ -44,5 +44,8 @@ class Settings:
     look_ahead: Literal["none", "likely", "all"] = "likely"
     """Which calls of a forecast count as expected. For comparisons: none, or all of them, and what
     is idle makes room for them whether it is expected or not."""
+    placement: Literal["load", "affinity"] = "load"
+    """Which of a model's workers a call goes to: the one with the least predicted work per place,
+    or the one that served its run last, unless that is much busier than another."""
     tiers: tuple[Residency, ...] = tuple(Residency)
     """The residencies that may be used."""

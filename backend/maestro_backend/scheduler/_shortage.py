@@ -7,24 +7,24 @@ running call of its worker goes back to the queue for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ._calls import Call
 from ._commands import Command
 from ._ledger import Claim, device_key, kv_most, kv_rounded, kv_step
 from ._nouns import WorkerInfo
 from ._placement import kv_bytes
+from ._queues import Queues
 from ._room import carry_out, find_room
 from ._world import Action, World
-from .policies import Policy
 
 
 class Shortage:
     """Finds KV bytes for calls."""
 
-    def __init__(self, world: World, policy: Policy) -> None:
+    def __init__(self, world: World, queues: Queues) -> None:
         self._world = world
-        self._policy = policy
+        self._queues = queues
 
     def progress(self, call: Call, info: WorkerInfo, tokens: int, now: float) -> Iterator[Command]:
         """A running call has come so far: its reservation, and the limit around it, keep ahead."""
@@ -40,8 +40,11 @@ class Shortage:
             if wanted > claim.kv_limit:
                 yield from self._grow(info, claim, wanted, now)
 
-    def relieve(self, call: Call, info: WorkerInfo, now: float) -> Iterator[Command]:
-        """Do what can be done now for a call whose reservation does not fit the worker."""
+    def relieve(
+        self, call: Call, info: WorkerInfo, now: float, *, at_last: bool
+    ) -> Iterator[Command]:
+        """Do what can be done now for a call whose reservation does not fit the worker; `at_last`:
+        also at the cost of another."""
         claim = self._world.ledger.claims[info.worker]
         need = kv_bytes(call, info)
         yield from self._let_go(claim, claim.kv_used + need - kv_most(info), now)
@@ -54,7 +57,7 @@ class Shortage:
             return  # it may fit as soon as that is done
         commands = list(self._grow(info, claim, claim.kv_used + need, now, evict=True))
         yield from commands
-        if not commands:
+        if at_last and not commands:
             yield from self._preempt(call, info, need, now)
 
     def hopeless(self, info: WorkerInfo) -> bool:
@@ -93,7 +96,7 @@ class Shortage:
         world = self._world
         steps = find_room(world, info, short, now, _nobody_leaves)
         kept = (
-            list(self._kept_of_idle_runs(claim.device, claim.worker))
+            list(self._kept_of_idle_runs(world.ledger.on_device(claim.device), claim.worker))
             if evict and steps is None
             else []
         )
@@ -109,10 +112,10 @@ class Shortage:
 
     def _let_go(self, claim: Claim, over: int, now: float) -> Iterator[Command]:
         """Drop kept prefixes of the worker itself that stand in the way at its largest limit."""
-        mine = [
-            k for k in self._kept_of_idle_runs(claim.device, claim.worker) if k[0] == claim.worker
-        ]
-        if over <= 0 or sum(size for *_, size in mine) < over:
+        if not 0 < over <= claim.kv_kept:
+            return
+        mine = list(self._kept_of_idle_runs([claim], claim.worker))
+        if sum(size for *_, size in mine) < over:
             return
         for worker, call, size in mine:
             if over > 0:
@@ -123,13 +126,15 @@ class Shortage:
         self._world.counts[Action.PREFIX_EVICTION] += 1
         return self._world.drop_prefix(worker, call)
 
-    def _kept_of_idle_runs(self, device: str, worker: str) -> Iterator[tuple[str, str, int]]:
+    def _kept_of_idle_runs(
+        self, claims: Iterable[Claim], worker: str
+    ) -> Iterator[tuple[str, str, int]]:
         """Worker, call and bytes of the kept prefixes whose bytes `worker` could have, those that
         expire first first."""
         runs = self._world.runs
         kept = [
             (kept.until, claim.worker, call, kept.size)
-            for claim in self._world.ledger.on_device(device)
+            for claim in claims
             for call, kept in claim.kept.items()
             if not ((run := runs.get(kept.run)) and run.live_calls)
             and (claim.worker == worker or self._world.workers[claim.worker].elastic)
@@ -146,21 +151,18 @@ class Shortage:
             return
         if any(p.worker == info.worker for p in world.preemptions.values()):
             return
-        mine = self._key(call, now)
+        mine = self._queues.rank(call, now)
         victims = [
             v
             for v in world.calls.on_worker(info.worker).values()
             if not v.settled
             and v.preemptions < world.settings.max_preemptions
-            and self._key(v, now) > mine
+            and self._queues.rank(v, now) > mine
         ]
         need = min(need, claim.kv_usable - claim.kv_kept)  # alone on the worker it is clipped
         held = sum(claim.reservations[v.call] for v in victims)
         if victims and claim.kv_free + held >= need:
-            yield world.preempt(max(victims, key=lambda v: self._key(v, now)))
-
-    def _key(self, call: Call, now: float) -> tuple[float, ...]:
-        return self._policy.key(call, self._world.runs.get(call.request.run), now)
+            yield world.preempt(max(victims, key=lambda v: self._queues.rank(v, now)))
 
 
 def _nobody_leaves(info: WorkerInfo) -> bool:

@@ -25,11 +25,11 @@ class Verdicts:
 
     def refusal(self, event: CallArrived) -> Verdict | None:
         """Why a call cannot even enter the queue."""
-        workers, queues = self._world.workers, self._world.calls.queues
-        if workers and not any(w.model == event.model for w in workers.values()):
+        world = self._world
+        if world.workers and not world.of_model(event.model):
             return RejectReason.UNKNOWN_MODEL, f"no node serves model {event.model!r}", None
-        queued = sum(len(queue) for queue in queues.values())
-        if queued >= self._world.settings.max_queued:
+        queued = world.calls.waiting
+        if queued >= world.settings.max_queued:
             return RejectReason.QUEUE_FULL, f"{queued} calls are queued already", 5.0
         return None
 
@@ -38,7 +38,7 @@ class Verdicts:
         since = self.nodeless_since
         if since is not None and now - since >= self._world.settings.node_wait_s:
             return RejectReason.NO_NODE, "no node is there to serve this model", 5.0
-        mine = [w for w in self._world.workers.values() if w.model == model]
+        mine = self._world.of_model(model)
         if any(w.state not in _ABSENT or self._residencies.arriving(w.worker) for w in mine):
             return None
         if failure := self._residencies.failure(model, now):

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from ._calls import Call, CallTable
 from ._commands import DropPrefix, KeepPrefix, Preempt, SetKvLimit, SetResidency
-from ._ledger import Kept, Ledger, held_by, kv_aside
+from ._ledger import Kept, Ledger, device_key, held_by, kv_aside
 from ._nouns import Residency, WorkerInfo, WorkerState
-from ._placement import kv_bytes
+from ._placement import PlaceTable, kv_bytes
 from ._runs import LIKELY, RunTable
 from ._settings import Settings
 
@@ -80,6 +81,14 @@ class Preemption:
 
 _BOUNDS = {"none": math.inf, "likely": LIKELY, "all": 0.0}
 
+_COMING = (
+    WorkerState.READY,
+    WorkerState.STARTING,
+    WorkerState.RESUMING,
+    WorkerState.RESTARTING,
+)
+_NO_WORKERS: dict[str, WorkerInfo] = {}
+
 _KEEPING = (
     WorkerState.READY,
     WorkerState.SUSPENDING,
@@ -90,7 +99,12 @@ _KEEPING = (
 
 
 class World:
-    """The state of runs, calls, workers and memory, and the commands under way."""
+    """The state of runs, calls, workers and memory, and the commands under way.
+
+    What has changed is noted, so that nobody has to look at everything after every event:
+    `changed` (anything that may call for a new plan), `touched` (devices where somebody may have
+    become idle) and, in `places`, where calls can go.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -111,7 +125,23 @@ class World:
         self.refused: dict[str, frozenset[Residency]] = {}
         """Worker -> the tiers that its weights could not be put aside in, since it last moved."""
         self.last_used: dict[str, float] = {}
+        self.came: dict[str, float] = {}
+        """Worker -> since when it is ready."""
+        self.stranded: set[str] = set()
+        """Suspended workers in which calls run."""
+        self.places = PlaceTable(self.calls, self.ledger, settings.placement == "affinity")
+        self.changed = True
+        self.touched: dict[str, None] = {}
+        self.short: dict[str, tuple[Call, str]] = {}
+        """Model -> the call that goes next but lacks KV memory, and the device where it does."""
         self.counts: Counter[Action] = Counter(dict.fromkeys(Action, 0))
+        self._by_model: dict[str, dict[str, WorkerInfo]] = {}
+        self._by_device: dict[str, dict[str, WorkerInfo]] = {}
+        self._by_node: dict[str, dict[str, WorkerInfo]] = {}
+        self._moving: dict[str, Move] = {}
+        self._limit_commands: dict[int, str] = {}
+        self._draining: dict[str, str] = {}
+        self._served: set[str] = set()
         self._commands = 0
 
     def next_id(self) -> int:
@@ -121,7 +151,12 @@ class World:
     # --- what is so -----------------------------------------------------------------------------
 
     def move_of(self, worker: str) -> Move | None:
-        return next((m for m in self.moves.values() if m.worker == worker), None)
+        return self._moving.get(worker)
+
+    @property
+    def draining(self) -> Mapping[str, str]:
+        """Worker that takes no more calls -> the model it makes room for."""
+        return self._draining
 
     def resting(self, worker: str, now: float) -> bool:
         return now < self.rests.get(worker, now)
@@ -134,8 +169,43 @@ class World:
         busy = self.calls.on_worker(info.worker) or self.calls.queued(info.model)
         return not busy
 
+    def of_model(self, model: str) -> Collection[WorkerInfo]:
+        return self._by_model.get(model, _NO_WORKERS).values()
+
+    def of_device(self, device: str) -> Collection[WorkerInfo]:
+        """The workers of a device, also those that hold nothing of it."""
+        return self._by_device.get(device, _NO_WORKERS).values()
+
+    def of_node(self, node: str) -> Collection[WorkerInfo]:
+        return self._by_node.get(node, _NO_WORKERS).values()
+
     def on_device(self, device: str) -> list[WorkerInfo]:
+        """The workers that hold something of a device."""
         return [self.workers[c.worker] for c in self.ledger.on_device(device)]
+
+    def comes(self, info: WorkerInfo) -> bool:
+        """Whether the worker is ready and stays, or is on its way."""
+        if move := self._moving.get(info.worker):
+            return move.residency is Residency.DEVICE
+        return info.state in _COMING and info.worker not in self._draining
+
+    def served(self, model: str) -> bool:
+        """Whether some worker of `model` is ready, or on its way."""
+        if model not in self._served and any(map(self.comes, self.of_model(model))):
+            self._served.add(model)
+        return model in self._served
+
+    def spare(self, info: WorkerInfo) -> bool:
+        """Whether its model has another ready worker, that stays."""
+        mine = self.of_model(info.model)
+        return len(mine) > 1 and any(
+            w.state is WorkerState.READY and w.worker != info.worker and self.comes(w) for w in mine
+        )
+
+    def takes_calls(self, info: WorkerInfo) -> bool:
+        """Whether the worker is ready, and neither leaving nor making room."""
+        ready = info.state is WorkerState.READY and info.worker not in self._draining
+        return ready and self.comes(info)
 
     def coming(self, device: str) -> int:
         """Bytes that commands under way will free."""
@@ -156,6 +226,93 @@ class World:
             return claim.weights + limit + info.residual_bytes
         return min(limit, kv_aside(info, claim)) + info.residual_bytes
 
+    # --- what changes ---------------------------------------------------------------------------
+
+    def put(self, info: WorkerInfo, now: float) -> None:
+        """A worker is new, or has changed."""
+        worker, old = info.worker, self.workers.get(info.worker)
+        if old is not None and (old.model, _device(old)) != (info.model, _device(info)):
+            self._unlist(old)
+            self.places.of(old.model).shut(worker)
+        self.workers[worker] = info
+        self._by_model.setdefault(info.model, {})[worker] = info
+        self._by_device.setdefault(_device(info), {})[worker] = info
+        self._by_node.setdefault(info.node, {})[worker] = info
+        if info.state is WorkerState.READY and (old is None or old.state is not info.state):
+            self.came[worker] = now
+        if info.state is WorkerState.SUSPENDED and self.calls.on_worker(worker):
+            self.stranded.add(worker)
+        else:
+            self.stranded.discard(worker)
+        self._moved(worker)
+
+    def lose(self, node: str) -> None:
+        """A node is gone, with its workers and all that was asked of them."""
+        gone = [info.worker for info in self.of_node(node)]
+        lost = set(gone)
+        self.moves = {i: m for i, m in self.moves.items() if m.worker not in lost}
+        self.keeps = {i: keep for i, keep in self.keeps.items() if keep[0] not in lost}
+        self.ledger.drop_node(node)
+        for worker in gone:
+            self._moved(worker)
+            self._unlist(self.workers.pop(worker))
+            rests = (self.rests, self.limit_rests)
+            for about in (self.changes, *rests, self.refused, self._draining, self._moving):
+                about.pop(worker, None)
+            self.stranded.discard(worker)
+
+    def _unlist(self, info: WorkerInfo) -> None:
+        del self._by_model[info.model][info.worker]
+        del self._by_device[_device(info)][info.worker]
+        del self._by_node[info.node][info.worker]
+
+    def drain(self, worker: str, model: str) -> None:
+        """The worker takes no more calls: it makes room for `model`."""
+        self._draining[worker] = model
+        self._moved(worker)
+
+    def undrain(self, worker: str) -> None:
+        if self._draining.pop(worker, None):
+            self._moved(worker)
+
+    def end_move(self, command: int) -> Move | None:
+        """The move that the command asked for, if it did; it is under way no more."""
+        move = self.moves.pop(command, None)
+        if move is not None:
+            del self._moving[move.worker]
+            self._moved(move.worker)
+        return move
+
+    def _moved(self, worker: str) -> None:
+        """Whether the worker comes, or takes calls, may have changed."""
+        self.changed = True
+        info = self.workers[worker]
+        self._served.discard(info.model)
+        self.places.moved(info)
+
+    def settle_places(self, now: float) -> Iterable[str]:
+        """Bring the places for calls up to date; the models where there may be more of them."""
+        return self.places.settle(self.workers, self.takes_calls, now)
+
+    def changing(self, command: int) -> str | None:
+        """The worker whose KV limit the command changes."""
+        worker = self._limit_commands.pop(command, "")
+        change = self.changes.get(worker)
+        return worker if change is not None and change.command == command else None
+
+    def touch(self, model: str) -> None:
+        """The model's workers may have become idle, or less wanted."""
+        for info in self.of_model(model):
+            self.touched[_device(info)] = None
+
+    def call_left(self, worker: str) -> None:
+        """A call does not run on the worker any more."""
+        self.ledger.freed.add(worker)
+        if not self.calls.on_worker(worker):
+            self.stranded.discard(worker)
+            if info := self.workers.get(worker):
+                self.touched[_device(info)] = None
+
     def account(self, worker: str) -> None:
         """Bring the worker's claim up to date with what it reports and what was asked of it.
 
@@ -175,7 +332,8 @@ class World:
             return
         self.ledger.set(claim)
         if info.state not in _KEEPING:
-            claim.kept.clear()
+            for name in list(claim.kept):
+                claim.forget(name)
         for call in self.calls.on_worker(worker).values():
             self.ledger.restore(worker, call.call, kv_bytes(call, info))
 
@@ -188,15 +346,18 @@ class World:
         command = self.next_id()
         if (change := self.changes.get(info.worker)) and change.applied is not None:
             del self.changes[info.worker]
-        self.moves[command] = Move(info.worker, residency, kv_limit, info.most_bytes)
+        move = Move(info.worker, residency, kv_limit, info.most_bytes)
+        self.moves[command] = self._moving[info.worker] = move
+        self._moved(info.worker)
         self.account(info.worker)
-        return SetResidency(command, info.node, info.model, residency, kv_limit)
+        return SetResidency(command, info.node, info.model, residency, kv_limit, info.worker)
 
     def set_kv_limit(self, info: WorkerInfo, limit: int) -> SetKvLimit:
         grows = limit > info.kv_limit_bytes
         self.counts[Action.KV_GROW if grows else Action.KV_SHRINK] += 1
         command = self.next_id()
         self.changes[info.worker] = LimitChange(command, limit)
+        self._limit_commands[command] = info.worker
         self.account(info.worker)
         return SetKvLimit(command, info.worker, limit)
 
@@ -204,12 +365,12 @@ class World:
         self.counts[Action.PREFIX_KEEP] += 1
         command = self.next_id()
         self.keeps[command] = (worker, call)
-        self.ledger.claims[worker].kept[call] = kept
+        self.ledger.keep(worker, call, kept)
         return KeepPrefix(command, worker, call, kept.until - now)
 
     def drop_prefix(self, worker: str, call: str) -> DropPrefix:
         self.counts[Action.PREFIX_DROP] += 1
-        self.ledger.claims[worker].kept.pop(call, None)
+        self.ledger.forget(worker, call)
         return DropPrefix(self.next_id(), worker, call)
 
     def preempt(self, call: Call) -> Preempt:
@@ -231,3 +392,7 @@ def _kind(info: WorkerInfo, residency: Residency) -> Action:
             return Action.DROP_COPY if info.residency is Residency.HOST else Action.PARK
         case _:
             return Action.FETCH if info.residency is Residency.REMOTE else Action.STOP
+
+
+def _device(info: WorkerInfo) -> str:
+    return device_key(info.node, info.device)

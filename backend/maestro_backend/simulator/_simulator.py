@@ -2,269 +2,335 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from math import inf
 
+from maestro_agents.protocol import MaestroError
 from maestro_backend.scheduler import (
-    CallArrived,
-    CallFinished,
+    Abort,
+    Action,
+    CallProgress,
     Command,
     CommandApplied,
     Dispatch,
     DropPrefix,
     Event,
-    ForecastCall,
-    ForecastChanged,
     KeepPrefix,
-    Length,
-    NodeInfo,
     NodeJoined,
     Preempt,
+    Prewarm,
     Reject,
-    Residency,
-    RunEnded,
-    RunStarted,
     Scheduler,
     SetKvLimit,
     SetResidency,
-    WorkerChanged,
-    WorkerInfo,
-    WorkerState,
+    Settings,
+    Tick,
 )
+from maestro_backend.scheduler.policies import policy
 
-from ._engine_model import EngineModel
-from ._workload import SimCall, SimRun
+from ._agenda import Agenda
+from ._apps import Apps, LiveCall
+from ._cluster import Cluster
+from ._foresight import Foresight
+from ._layout import idle_service, node_infos, places
+from ._nodes import Nodes, Server
+from ._outcome import CallSpan, MemorySample, Outcome
+from ._requests import Happening, Request, What
+from ._system import System
+from ._workload import SimRun
+
+TICK_S = 1.0
+"""As often as the gateway ticks."""
+_GROWTH_TOKENS = 64
+"""So often a call that has outgrown its reservation is asked how far it is (ours): at a usual pace
+about once a second, where the gateway asks five times."""
+_MANY_CALLS = 10**9
+_PREEMPTIONS = Settings().max_preemptions
+_SAMPLE_TICKS = 10
+_MOST_SAMPLES = 400
+"""Memory is looked at so often, at most: less and less often, the longer it takes."""
+
+Step = Callable[[float, Event, Sequence[Command]], None]
 
 
-def class_default(call: SimCall) -> Length:
-    """A prediction that knows nothing: the same length for every call."""
-    return Length(256, 512)
+def settings_of(system: System) -> Settings:
+    """What the system's rules mean for the scheduler."""
+    look_ahead = {"planned": "likely", "lru": "none", "static": "none"}.get(system.weights, "all")
+    return Settings(
+        max_queued=_MANY_CALLS,
+        look_ahead=look_ahead,  # type: ignore[arg-type]  # one of its three
+        placement=system.placement,
+        max_preemptions=_PREEMPTIONS if system.preempts else 0,
+    )
 
 
-@dataclass(slots=True)
-class CallTimes:
-    """When a simulated call arrived, started and ended; seconds of virtual time."""
+def simulate(
+    cluster: Cluster,
+    system: System,
+    runs: Iterable[SimRun],
+    foresight: Foresight,
+    *,
+    horizon_s: float | None = None,
+    closed: int | None = None,
+    validate: bool = False,
+    trace_run: str | None = None,
+    on_step: Step | None = None,
+) -> Outcome:
+    """Play `runs`, in order of time, on `cluster` under `system`.
 
-    arrived: float
-    started: float | None = None
-    ended: float | None = None
-    rejected: bool = False
+    It ends when every run to be measured has ended, at the latest after `horizon_s` seconds.
+    `closed`: so many runs are in progress at any time, whatever their times say. `validate` checks
+    the scheduler's invariants at each event; `trace_run` names the run whose calls are put in
+    `Outcome.spans`; `on_step` sees each event with what the scheduler answered.
 
-
-@dataclass(slots=True)
-class Result:
-    """What came out. `calls` is keyed by (run, index of the call).
-
-    `activations_s` is how long each move to the device took, in seconds.
+    Deterministic: the same arguments give the same outcome.
     """
-
-    calls: dict[tuple[str, int], CallTimes] = field(default_factory=dict)
-    activations_s: list[float] = field(default_factory=list)
-    log: list[tuple[float, Event, tuple[Command, ...]]] = field(default_factory=list)
-
-    def makespan(self, run: SimRun) -> float | None:
-        """Seconds from the run's start to its last end; None if a call never ended."""
-        ends = [self.calls[run.run, i].ended for i in range(len(run.calls))]
-        done = [end for end in ends if end is not None]
-        return max(done) - run.at if len(done) == len(ends) else None
+    simulation = _Simulation(cluster, system, foresight, validate, trace_run, on_step)
+    return simulation.run(runs, closed, horizon_s)
 
 
-class Simulator:
-    """Runs `runs` through `scheduler` on one node.
-
-    The scheduler sees predicted lengths (`predict`), never true ones, and of the future only the
-    direct followers of calls that have arrived, not even those without `announce`. `validate`
-    checks invariants at each event.
-    """
-
+class _Simulation:
     def __init__(
         self,
-        scheduler: Scheduler,
-        node: NodeInfo,
-        runs: Iterable[SimRun],
-        engines: dict[str, EngineModel],
-        *,
-        predict: Callable[[SimCall], Length] = class_default,
-        validate: bool = False,
-        announce: bool = True,
+        cluster: Cluster,
+        system: System,
+        foresight: Foresight,
+        validate: bool,
+        trace_run: str | None,
+        on_step: Step | None,
     ) -> None:
-        self.scheduler = scheduler
-        self.runs = {run.run: run for run in runs}
-        self.engines = engines
-        self.predict = predict
-        self.result = Result()
-        self.validate = validate
-        self.announce = announce
-        self.now = 0.0
-        self._sequence = 0
-        self._agenda: list[tuple[float, int, Event | Callable[[], Event | None]]] = []
-        self._tries: dict[str, int] = {}
-        self._workers = {w.model: w for w in node.workers}
-        self._schedule(0.0, NodeJoined(node))
-        for run in self.runs.values():
-            self._schedule(run.at, RunStarted(run.run, run.workflow, run.slo, run.deadline_s))
-
-    def run(self) -> Result:
-        """Go on until nothing is left to happen."""
-        while self._agenda:
-            self.now, _, entry = heapq.heappop(self._agenda)
-            event = entry() if callable(entry) else entry
-            if event is None:
-                continue
-            commands = self.scheduler.handle(event, self.now)
-            self.result.log.append((self.now, event, tuple(commands)))
-            if self.validate:
-                self.scheduler.validate()
-            self._follow(event)
-            for command in commands:
-                self._execute(command)
-        return self.result
-
-    def _schedule(self, at: float, event: Event | Callable[[], Event | None]) -> None:
-        self._sequence += 1
-        heapq.heappush(self._agenda, (at, self._sequence, event))
-
-    def _follow(self, event: Event) -> None:
-        """What the app does after an event."""
-        if isinstance(event, RunStarted):
-            run = self.runs[event.run]
-            for index, call in enumerate(run.calls):
-                if not call.after:
-                    self._arrive(run, index, run.at + call.gap_s)
-        elif isinstance(event, CallArrived):
-            run, index = self._find(event.call)
-            self.result.calls[run.run, index] = CallTimes(self.now)
-            if self.announce:
-                self._schedule(self.now, ForecastChanged(run.run, self._forecast(run, index)))
-        elif isinstance(event, CallFinished):
-            run, index = self._find(event.call)
-            self.result.calls[run.run, index].ended = self.now
-            self._release_followers(run, index)
-
-    def _release_followers(self, run: SimRun, index: int) -> None:
-        for follower in run.followers(index):
-            call = run.calls[follower]
-            if all(self._ended(run, before) for before in call.after):
-                self._arrive(run, follower, self.now + call.gap_s)
-        if all(self._ended(run, i) for i in range(len(run.calls))):
-            self._schedule(self.now, RunEnded(run.run))
-
-    def _ended(self, run: SimRun, index: int) -> bool:
-        times = self.result.calls.get((run.run, index))
-        return times is not None and times.ended is not None
-
-    def _arrive(self, run: SimRun, index: int, at: float) -> None:
-        call, length = run.calls[index], self.predict(run.calls[index])
-        event = CallArrived(
-            call=f"{run.run}#{index}",
-            run=run.run,
-            stage=call.stage,
-            model=call.model,
-            role=call.role,
-            prompt_tokens=call.prompt_tokens,
-            length=length,
-            kv_tokens=call.prompt_tokens + int(length.p90),
-            service_s=self.engines[call.model].service_s(call.prompt_tokens, length.p50),
-            waits_for=tuple({run.calls[before].stage: None for before in call.after}),
+        self.outcome = Outcome()
+        self.scheduler = Scheduler(policy(system.order), settings_of(system))
+        self._agenda = agenda = Agenda()
+        self._system = system
+        self._grows = system.kv != "paged"
+        self._validate = validate
+        self._trace_run = trace_run
+        self._on_step = on_step
+        made = places(cluster, system)
+        self.nodes = Nodes(
+            agenda, made, cluster.max_batched_tokens, self.outcome, self.tell, self._arm
         )
-        self._schedule(at, event)
-
-    def _forecast(self, run: SimRun, index: int) -> tuple[ForecastCall, ...]:
-        """The announced future: the direct followers of the call, with certain routing."""
-        return tuple(self._forecast_call(run.calls[i]) for i in run.followers(index))
-
-    def _forecast_call(self, call: SimCall) -> ForecastCall:
-        length = self.predict(call)
-        return ForecastCall(
-            stage=call.stage,
-            role=call.role,
-            model=call.model,
-            probability=1.0,
-            earliest_start_s=call.gap_s,
-            prompt_tokens=call.prompt_tokens,
-            length=length,
-            service_s=self.engines[call.model].service_s(call.prompt_tokens, length.p50),
+        self._node_infos = node_infos(cluster, made)
+        self._half_trip_s = {
+            name: place.node.rtt_s / 2 for name, place in made.items() if place.node.rtt_s
+        }
+        self.apps = Apps(
+            agenda,
+            system,
+            foresight,
+            idle_service(cluster),
+            self.outcome,
+            self.tell,
+            self._arrived,
         )
+        self._claims = self.scheduler.ledger.claims
+        self._commands: dict[type, Callable[..., None]] = {
+            Dispatch: self._dispatch,
+            SetResidency: self.nodes.move,
+            SetKvLimit: self.nodes.limit_kv,
+            KeepPrefix: self._keep,
+            DropPrefix: self._drop,
+            Preempt: self._preempt,
+            Reject: self._reject,
+            Prewarm: self._unknown,
+            Abort: self._unknown,
+        }
+        self._ticks = 0
+        self._sample_ticks = _SAMPLE_TICKS
+        self._samples: list[list[MemorySample]] = []
 
-    def _find(self, call: str) -> tuple[SimRun, int]:
-        run, _, index = call.rpartition("#")
-        return self.runs[run], int(index)
+    def run(self, runs: Iterable[SimRun], closed: int | None, horizon_s: float | None) -> Outcome:
+        for info in self._node_infos:
+            self.tell(NodeJoined(info))
+        self._agenda.at(TICK_S, self._tick)
+        self.apps.play(runs, closed)
+        apps, agenda = self.apps, self._agenda
+        while not (apps.all_measured and not apps.measured_open):
+            if not agenda.next() or (horizon_s is not None and agenda.now > horizon_s):
+                break
+        self.outcome.simulated_s = agenda.now
+        self.outcome.kv_used_byte_s = self.nodes.kv_used_byte_s()
+        self.outcome.memory = [one for samples in self._samples for one in samples]
+        self.outcome.preemptions = self.scheduler.counts[Action.PREEMPTION]
+        self.outcome.stalls += self.scheduler.counts[Action.DELAY]
+        return self.outcome
 
-    def _execute(self, command: Command) -> None:
-        match command:
-            case Dispatch(call=call):
-                self._serve(call)
-            case Reject(call=call):
-                run, index = self._find(call)
-                self.result.calls[run.run, index].rejected = True
-            case SetResidency():
-                self._move(command)
-            case SetKvLimit():
-                self._limit_kv(command)
-            case Preempt(call=call):
-                self._tries[call] += 1
-                self._schedule(self.now, CommandApplied(command.id))
-            case KeepPrefix() | DropPrefix():
-                self._schedule(self.now, CommandApplied(command.id))
+    def tell(self, event: Event) -> None:
+        """Let the scheduler handle the event, and carry out what it answers."""
+        now = self._agenda.now
+        commands = self.scheduler.handle(event, now)
+        self.outcome.events += 1
+        if self._validate:
+            self.scheduler.validate()
+        if self._on_step is not None:
+            self._on_step(now, event, commands)
+        for command in commands:
+            self._commands[type(command)](command)
 
-    def _serve(self, call: str) -> None:
-        """It ends when its service is over, unless it is taken off its worker before."""
-        run, index = self._find(call)
-        self.result.calls[run.run, index].started = self.now
-        spec = run.calls[index]
-        service_s = self.engines[spec.model].service_s(spec.prompt_tokens, spec.output_tokens)
-        finished = CallFinished(call, spec.prompt_tokens, spec.output_tokens)
-        mine = self._tries[call] = self._tries.get(call, 0) + 1
-        self._schedule(
-            self.now + service_s, lambda: finished if self._tries[call] == mine else None
-        )
+    def _tick(self, _: None) -> None:
+        self._agenda.at(self._agenda.now + TICK_S, self._tick)
+        self._ticks += 1
+        if self._ticks % self._sample_ticks == 0:
+            self._samples.append(self.nodes.sample(self._reserved))
+            if len(self._samples) > _MOST_SAMPLES:
+                del self._samples[1::2]
+                self._sample_ticks *= 2
+        self.tell(Tick())
 
-    def _move(self, command: SetResidency) -> None:
-        start = self._workers[command.model]
-        took_s = self.engines[command.model].move_s(start.residency, command.residency)
-        state, on_the_way = _states(start, command.residency)
-        changes: dict[str, Any] = {}
-        if command.kv_limit_bytes is not None:
-            changes["kv_limit_bytes"] = command.kv_limit_bytes
-        self._change(command.model, self.now, state=on_the_way)
-        if command.residency is Residency.DEVICE:
-            self.result.activations_s.append(took_s)
-        elif command.residency is Residency.HOST:
-            changes["host_bytes"] = start.host_copy_bytes
+    def _reserved(self, worker: str) -> int:
+        claim = self._claims.get(worker)
+        return claim.kv_reserved if claim else 0
+
+    # --- calls ----------------------------------------------------------------------------------
+
+    def _arrived(self, call: LiveCall) -> None:
+        model = call.spec.model
+        if not self.nodes.ready(model):
+            self.outcome.cold_starts += 1
+        self.nodes.queued(model, 1)
+
+    def _dispatch(self, command: Dispatch) -> None:
+        call = self.apps.calls[command.call]
+        now = self._agenda.now
+        outcome = self.outcome
+        waited_s = now - call.arrived
+        if not call.tries:
+            outcome.queue_wait_s += waited_s
+            outcome.max_wait_s = max(outcome.max_wait_s, waited_s)
+            if (run := call.run.outcome) is not None and waited_s > run.wait_s:
+                run.wait_s = waited_s
+        self.nodes.queued(call.spec.model, -1)
+        call.tries += 1
+        call.worker = command.worker
+        call.dispatched = call.reserved_since = now
+        call.reserved = self._claims[command.worker].reservations[call.name]
+        if half_s := self._half_trip_s.get(command.worker):
+            self._agenda.at(now + half_s, self._admit, (call, command.priority, call.tries))
         else:
-            changes["host_bytes"] = 0
-        at = self.now + took_s
-        self._change(command.model, at, state=state, residency=command.residency, **changes)
-        self._schedule(at, CommandApplied(command.id))
+            self._admit((call, command.priority, call.tries))
 
-    def _limit_kv(self, command: SetKvLimit) -> None:
-        model = command.worker.rpartition("/")[2]
-        at = self.now + self.engines[model].kv_limit_s
-        self._change(model, at, kv_limit_bytes=command.limit_bytes)
-        self._schedule(at, CommandApplied(command.id))
+    def _admit(self, about: tuple[LiveCall, int, int]) -> None:
+        call, priority, tried = about
+        if call.tries != tried or not call.worker:
+            return  # it was taken back on the way
+        spec, run = call.spec, call.run
+        server = self.nodes.servers[call.worker]
+        request = Request(
+            call.name,
+            spec.prompt_tokens,
+            spec.output_tokens,
+            priority,
+            self._first_mark(call),
+            None if spec.prefix_of is None else (run.name, spec.prefix_of),
+            spec.prefix_tokens,
+            (run.name, call.index),
+        )
+        server.engine.add(request, self._agenda.now)
+        self._arm(server)
 
-    def _change(self, model: str, at: float, **changes: Any) -> None:
-        """The worker reports a change when its time has come."""
+    def _first_mark(self, call: LiveCall) -> int:
+        """The output at which the call has used up what was reserved for it; 0: never asked."""
+        if not self._grows:
+            return 0
+        place = self.nodes.servers[call.worker].place
+        tokens = call.reserved // place.model.kv_bytes_per_token - call.spec.prompt_tokens
+        return max(1, tokens) if tokens < call.spec.output_tokens else 0
 
-        def change() -> Event:
-            self._workers[model] = replace(self._workers[model], **changes)
-            return WorkerChanged(self._workers[model])
+    def _arm(self, server: Server) -> None:
+        """Be there when the engine has something to report."""
+        due = server.engine.next_at()
+        if due != server.due:
+            server.due = due
+            if due != inf:
+                self._agenda.at(max(due, self._agenda.now), self._due, (server, due))
 
-        self._schedule(at, change)
+    def _due(self, about: tuple[Server, float]) -> None:
+        server, due = about
+        if server.due != due:
+            return  # something has changed since
+        for happening in server.engine.advance(self._agenda.now):
+            self._happened(server, happening)
+        if server.shrinking:
+            self.nodes.settle(server)
+        self._arm(server)
+
+    def _happened(self, server: Server, happening: Happening) -> None:
+        request = happening.request
+        if happening.what is What.FINISHED:
+            call = self.apps.calls[request.call]
+            self._release(call)
+            outcome = self.outcome
+            outcome.recomputed_tokens += request.recomputed_tokens
+            outcome.stalls += request.preemptions
+            call.first_token = request.first_at
+            if half_s := self._half_trip_s.get(call.worker):
+                at = self._agenda.now + half_s
+                self._agenda.at(at, self._finish, (call, request.cached_tokens))
+            else:
+                self._finish((call, request.cached_tokens))
+        elif happening.what is What.MARK:
+            self._grow(server, self.apps.calls[request.call], request)
+
+    def _finish(self, about: tuple[LiveCall, int]) -> None:
+        call, cached_tokens = about
+        outcome, spec, place = self.outcome, call.spec, self.nodes.servers[call.worker].place
+        outcome.calls_ended += 1
+        outcome.work_s += place.costs.service_s(spec.prompt_tokens, spec.output_tokens, 0)
+        outcome.prompt_tokens += spec.prompt_tokens
+        outcome.cached_tokens += cached_tokens
+        outcome.output_tokens += spec.output_tokens
+        if call.run.name == self._trace_run:
+            span = (call.arrived, call.dispatched, call.first_token, self._agenda.now)
+            outcome.spans.append(CallSpan(call.index, spec.stage, spec.model, call.worker, *span))
+        self.apps.ended(call, cached_tokens)
+
+    def _grow(self, server: Server, call: LiveCall, request: Request) -> None:
+        """The call has used up what was reserved for it."""
+        generated = request.mark
+        self.tell(CallProgress(call.name, call.spec.prompt_tokens, generated))
+        self._release(call)
+        call.reserved = self._claims[call.worker].reservations[call.name]
+        if generated + _GROWTH_TOKENS < call.spec.output_tokens:
+            server.engine.watch(call.name, generated + _GROWTH_TOKENS)
+
+    def _release(self, call: LiveCall) -> None:
+        """Count what was reserved for the call until now."""
+        now = self._agenda.now
+        self.outcome.kv_reserved_byte_s += call.reserved * (now - call.reserved_since)
+        call.reserved_since = now
+
+    def _preempt(self, command: Preempt) -> None:
+        call = self.apps.calls[command.call]
+        server = self.nodes.servers[command.worker]
+        self._release(call)
+        self.outcome.recomputed_tokens += server.engine.remove(call.name, self._agenda.now)
+        call.worker = ""
+        self.nodes.queued(call.spec.model, 1)
+        self._arm(server)
+        self._agenda.at(self._agenda.now, self._taken_off, command)
+
+    def _taken_off(self, command: Preempt) -> None:
+        self.tell(CommandApplied(command.id))
+
+    def _reject(self, command: Reject) -> None:
+        """The call will never be served; its run does not end."""
+        call = self.apps.calls.pop(command.call)
+        self.nodes.queued(call.spec.model, -1)
+        self.outcome.calls_rejected += 1
+        self.apps.gave_up(call)
+
+    def _keep(self, command: KeepPrefix) -> None:
+        self.nodes.keep(command, _entry(command.call))
+
+    def _drop(self, command: DropPrefix) -> None:
+        self.nodes.drop(command, _entry(command.call))
+
+    def _unknown(self, command: Command) -> None:
+        raise MaestroError(f"the simulator cannot carry out {type(command).__name__}")
 
 
-def _states(info: WorkerInfo, end: Residency) -> tuple[WorkerState, WorkerState]:
-    """A worker's state after a move, and on the way there."""
-    alive = info.state in (WorkerState.READY, WorkerState.SUSPENDED)
-    match end:
-        case Residency.DEVICE:
-            return WorkerState.READY, WorkerState.RESUMING if alive else WorkerState.STARTING
-        case Residency.HOST | Residency.PARKED:
-            on_the_way = WorkerState.SUSPENDING if alive else WorkerState.STARTING
-            if info.state is WorkerState.SUSPENDED:
-                on_the_way = WorkerState.SUSPENDED
-            return WorkerState.SUSPENDED, on_the_way
-        case _:
-            return WorkerState.STOPPED, WorkerState.STOPPING
+def _entry(call: str) -> tuple[str, int]:
+    """The name of what a call leaves in the prefix cache."""
+    run, _, index = call.rpartition("#")
+    return run, int(index)

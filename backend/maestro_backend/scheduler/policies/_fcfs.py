@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from maestro_backend.scheduler._calls import Call
+from maestro_backend.scheduler._calls import Call, Key
 from maestro_backend.scheduler._runs import Run
 
+from ._base import Policy
 
-class Fcfs:
+
+class Fcfs(Policy):
     """Order of arrival; all calls the same engine priority."""
 
     name = "fcfs"
+    follows_runs = False
 
-    def key(self, call: Call, run: Run | None, now: float) -> tuple[float, ...]:
+    def key(self, call: Call, run: Run | None, now: float) -> Key:
         return (call.order,)
-
-    def priority(self, call: Call, run: Run | None, now: float) -> int:
-        return 0

@@ -7,13 +7,13 @@ ones, in order of arrival.
 
 from __future__ import annotations
 
-from maestro_backend.scheduler._calls import Call
+from maestro_backend.scheduler._calls import Call, Key
 from maestro_backend.scheduler._runs import Run
 
-_MAX_PRIORITY = 2**31 - 1
+from ._base import Policy, milliseconds
 
 
-class Maestro:
+class Maestro(Policy):
     """Shortest predicted remaining run first, with bounded waiting (seconds)."""
 
     name = "maestro"
@@ -21,16 +21,15 @@ class Maestro:
     def __init__(self, max_wait_s: float = 60.0) -> None:
         self.max_wait_s = max_wait_s
 
-    def key(self, call: Call, run: Run | None, now: float) -> tuple[float, ...]:
-        if now - call.arrived >= self.max_wait_s:
-            return (0.0, call.order, 0.0)
-        return (1.0, _remaining_s(call, run), call.order)
+    def key(self, call: Call, run: Run | None, now: float) -> Key:
+        return (remaining_s(call, run),)
 
     def priority(self, call: Call, run: Run | None, now: float) -> int:
         if now - call.arrived >= self.max_wait_s:
             return 0
-        return min(int(_remaining_s(call, run) * 1000), _MAX_PRIORITY)
+        return milliseconds(remaining_s(call, run))
 
 
-def _remaining_s(call: Call, run: Run | None) -> float:
-    return call.request.service_s + (run.future_s() if run else 0.0)
+def remaining_s(call: Call, run: Run | None) -> float:
+    """Predicted seconds to the run's end, from the start of `call`."""
+    return call.request.service_s + (run.future_s if run else 0.0)

@@ -11,14 +11,14 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote
 
 import httpx
 import uvloop
 
 from maestro_agents.protocol import ConfigError, MaestroError
-from maestro_backend import bench, prediction_cli
+from maestro_backend import bench, calibration_cli, prediction_cli, simulation_cli
 from maestro_backend.config import Config
 from maestro_backend.defaults import default_config, default_engine, with_engine
 from maestro_backend.explanation import explanation_lines
@@ -26,6 +26,7 @@ from maestro_backend.gateway import Feed, serving
 from maestro_backend.node import LocalNode
 from maestro_backend.recording import replay
 
+POLICY_NAMES = get_args(Config.model_fields["policy"].annotation)
 ENGINES = ("auto", "vllm", "vllm-cpu", "stub")
 
 
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--engine", choices=ENGINES, help="run every model on this engine")
     serve.add_argument("--host", help="address to listen on (127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (8000); 0 takes a free one")
-    serve.add_argument("--policy", choices=("fcfs", "maestro"), help="order of calls (maestro)")
+    serve.add_argument("--policy", choices=POLICY_NAMES, help="order of calls (maestro)")
     serve.add_argument("--record", type=Path, metavar="FILE", help="write the flight recorder here")
     serve.set_defaults(run=_serve)
 
@@ -86,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
 
     judge = commands.add_parser("evaluate", help="hold a trained model against recorded runs")
     prediction_cli.add_evaluate(judge)
+
+    simulate = commands.add_parser(
+        "simulate", help="replay recorded runs on a simulated cluster, under any policy"
+    )
+    simulation_cli.add_simulate(simulate)
+
+    calibrate = commands.add_parser("calibrate", help="make a device profile from a live engine")
+    calibration_cli.add_calibrate(calibrate)
 
     again = commands.add_parser("replay", help="check a recording against this version's decisions")
     again.add_argument("file", type=Path)

@@ -53,6 +53,9 @@ class Places:
         """The worker takes calls, or is another than before."""
         self.open[info.worker] = info
         self.refresh(info.worker)
+        if len(self.open) == 2:  # alone, the other one needed no heap
+            for entry in self._latest.values():
+                self._rank(entry)
 
     def shut(self, worker: str) -> None:
         """The worker takes no calls."""
@@ -74,12 +77,17 @@ class Places:
         if not free:
             self._latest.pop(worker, None)
             return
+        entry: Entry
         if self.affinity:
-            used = self._ledger.claims[worker].kv_used
-            window, entry = 0, (running / info.max_inflight, used, worker)
+            entry = running / info.max_inflight, self._ledger.claims[worker].kv_used, worker
         else:
-            window, entry = info.max_inflight, (self._calls.work.get(worker, 0), 0, worker)
+            entry = self._calls.work.get(worker, 0), 0, worker
         self._latest[worker] = entry
+        if len(self.open) > 1:
+            self._rank(entry)
+
+    def _rank(self, entry: Entry) -> None:
+        window = 0 if self.affinity else self.open[entry[2]].max_inflight
         heap = self._heaps.setdefault(window, [])
         heapq.heappush(heap, entry)
         if len(heap) > 4 * len(self.open) + 64:
@@ -111,6 +119,9 @@ class Places:
 
     def least(self, call: Call) -> WorkerInfo | None:
         """The least loaded worker with a free place, of those not set aside."""
+        if len(self.open) == 1:
+            [info] = self.open.values()
+            return info if info.worker in self._latest else None
         best: tuple[float, float, str] | None = None
         for window, heap in self._heaps.items():
             while heap and self._latest.get(heap[0][2]) is not heap[0]:
@@ -133,6 +144,8 @@ class Places:
         info = self.open.get(worker)
         if not self.affinity or info is None or not self._free[worker] or worker in self._aside:
             return None
+        if len(self.open) == 1:
+            return info
         heap = self._heaps[0]
         while self._latest.get(heap[0][2]) is not heap[0]:
             heapq.heappop(heap)

@@ -84,6 +84,14 @@ class Residencies:
         at = self._world.runs.expected_at(model)
         return at is not None and at < self._expected.get(model, math.inf)
 
+    def replan(self, now: float) -> Iterator[Command]:
+        """As `plan`, where nothing has changed but the time."""
+        if self.unmet or self.preload or self._world.draining or self._world.stranded:
+            yield from self.plan(now)
+        elif self._world.calls.waiting and now - self._replicated >= _REPLICA_S / 2:
+            self._replicated = now
+            yield from self._replicas(self._demands(), set(), now)
+
     def plan(self, now: float) -> Iterator[Command]:
         """The moves to make now, most urgent first."""
         spoken_for: set[str] = set()

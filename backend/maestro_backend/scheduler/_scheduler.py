@@ -108,10 +108,11 @@ class Scheduler:
 
     def _review(self, now: float) -> Iterator[Command]:
         """Look at everything anew."""
+        changed = self._world.changed
         self._reviewed, self._world.changed = now, False
         self._queues.rekey_all(now)
         self._world.settle_places(now)
-        yield from self.residencies.plan(now)
+        yield from self.residencies.plan(now) if changed else self.residencies.replan(now)
         yield from self._reject_hopeless(now)
         yield from self._dispatcher.dispatch(now, everything=True)
 
@@ -457,7 +458,7 @@ class Scheduler:
         return call if same else None
 
     def _tick(self, event: ev.Tick, now: float) -> Iterator[Command]:
-        self._world.changed = True
+        self._reviewed = now - _REVIEW_S
         yield from self._forget_idle_runs(now)
         self._kept.expire(now)
         for worker, change in list(self._world.changes.items()):

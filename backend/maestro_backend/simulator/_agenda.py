@@ -22,10 +22,12 @@ class Agenda:
         self._sequence += 1
         heappush(self._entries, (time, self._sequence, action, about))
 
-    def next(self) -> bool:
-        """Let the next thing happen; False if there is none."""
-        if not self._entries:
-            return False
-        self.now, _, action, about = heappop(self._entries)
-        action(about)
-        return True
+    def play(self, goes_on: Callable[[], bool], until: float) -> None:
+        """Let things happen in their order, as long as `goes_on()`, until that time or the end."""
+        entries = self._entries
+        while entries and goes_on():
+            time, _, action, about = heappop(entries)
+            if time > until:
+                return
+            self.now = time
+            action(about)

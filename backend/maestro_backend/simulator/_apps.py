@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from enum import Enum
+from typing import Any
 
 from maestro_backend.scheduler import (
     LIKELY,
@@ -40,6 +42,10 @@ CLASS_DEFAULT = Length(256, 512)
 """What is thought of a call of which nothing is known."""
 
 
+Known = tuple[tuple[Any, ...], float]
+"""The rest of a call's CallArrived, after its name and its run's; its seconds alone in truth."""
+
+
 class LiveRun:
     """A run between its start and its end."""
 
@@ -47,6 +53,7 @@ class LiveRun:
         "came",
         "expect",
         "foreseen",
+        "known",
         "left",
         "likely",
         "name",
@@ -58,13 +65,18 @@ class LiveRun:
     )
 
     def __init__(
-        self, sim: SimRun, foreseen: tuple[CallForesight, ...] | None, truth: Truth | None
+        self,
+        sim: SimRun,
+        foreseen: tuple[CallForesight, ...] | None,
+        truth: Truth | None,
+        known: list[Known | None],
     ) -> None:
         self.sim = sim
         self.name = sim.run
         self.template: Template = sim.template
         self.foreseen = foreseen
         self.truth = truth
+        self.known = known
         self.left = len(sim.template.calls)
         self.to_wait = [len(call.after) for call in sim.template.calls]
         """By call, how many of those before it have not ended."""
@@ -76,17 +88,26 @@ class LiveRun:
         self.outcome: RunOutcome | None = RunOutcome(sim) if sim.measured else None
 
 
+class Whereabouts(Enum):
+    """Where a call is that was sent to a worker, or not yet."""
+
+    OUTSIDE = "outside"
+    ON_THE_WAY = "on the way"
+    INSIDE = "inside"
+    ON_THE_WAY_BACK = "on the way back"
+
+
 class LiveCall:
     """A call between its arrival and its end."""
 
     __slots__ = (
+        "alone_s",
         "arrived",
         "dispatched",
         "first_token",
         "index",
         "name",
-        "output_tokens",
-        "prefix",
+        "place",
         "reserved",
         "reserved_since",
         "run",
@@ -100,6 +121,7 @@ class LiveCall:
         self.run = run
         self.index = index
         self.spec = spec
+        self.alone_s = 0.0
         self.arrived = now
         self.dispatched = now
         self.first_token = now
@@ -107,8 +129,7 @@ class LiveCall:
         self.tries = 0
         self.reserved = 0
         self.reserved_since = now
-        self.prefix: tuple[str, int] | None = None
-        self.output_tokens = 0
+        self.place = Whereabouts.OUTSIDE
 
 
 class Apps:
@@ -135,6 +156,8 @@ class Apps:
         self._needs = system.needs_foresight
         self._blind = system.lengths == "none"
         self._runs: Iterator[SimRun] = iter(())
+        self._known: dict[tuple[str, str], list[Known | None]] = {}
+        """By template: as much as is known so far."""
         self._closed = False
         self._measuring = False
         self.calls: dict[str, LiveCall] = {}
@@ -151,6 +174,10 @@ class Apps:
         for _ in range(1 if closed is None else closed):
             self._next_run()
 
+    def go_on(self) -> bool:
+        """Whether a run that is to be measured is still to end, or to start."""
+        return self.measured_open > 0 or not self.all_measured
+
     def _next_run(self) -> None:
         sim = next(self._runs, None)
         if sim is None or (self._measuring and not sim.measured):
@@ -165,7 +192,10 @@ class Apps:
         template = sim.template
         foreseen = self._foresight[template.key] if self._needs else None
         truth = Truth(template, self._service) if self._system.future == "true" else None
-        run = LiveRun(sim, foreseen, truth)
+        known = self._known.get(template.key)
+        if known is None:
+            known = self._known[template.key] = [None] * len(template.calls)
+        run = LiveRun(sim, foreseen, truth, known)
         if run.outcome is not None:
             self._outcome.runs.append(run.outcome)
             self.measured_open += 1
@@ -209,24 +239,29 @@ class Apps:
         self._outcome.calls_arrived += 1
         if self._foresees:
             self._expect_after(run, index, spec)
-        length = self._length(run, index, spec)
-        prompt = spec.prompt_tokens
+        known = run.known[index]
+        if known is None:
+            known = run.known[index] = self._tell_apart(run, index, spec)
+        call.alone_s = known[1]
         self._arrived(call)
-        self._tell(
-            CallArrived(
-                call.name,
-                run.name,
-                spec.stage,
-                spec.model,
-                length,
-                self._kv_tokens(prompt, length),
-                self._service(spec.model, prompt, int(length.p50), 0),
-                spec.role,
-                0,
-                run.template.tenant,
-                prompt,
-            )
+        self._tell(CallArrived(call.name, run.name, *known[0]))
+
+    def _tell_apart(self, run: LiveRun, index: int, spec: SimCall) -> Known:
+        """What is told of the call whenever a run of its template comes to it."""
+        length, prompt = self._length(run, index, spec), spec.prompt_tokens
+        service_s = self._service(spec.model, prompt, int(length.p50), 0)
+        told = (
+            spec.stage,
+            spec.model,
+            length,
+            self._kv_tokens(prompt, length),
+            service_s,
+            spec.role,
+            0,
+            run.template.tenant,
+            prompt,
         )
+        return told, self._service(spec.model, prompt, spec.output_tokens, 0)
 
     def ended(self, call: LiveCall, cached_tokens: int) -> None:
         """The engine is done with the call, and its app has the answer."""

@@ -12,6 +12,7 @@ from maestro_backend.scheduler import (
     CallProgress,
     Command,
     CommandApplied,
+    CommandFailed,
     Dispatch,
     DropPrefix,
     Event,
@@ -29,7 +30,7 @@ from maestro_backend.scheduler import (
 from maestro_backend.scheduler.policies import policy
 
 from ._agenda import Agenda
-from ._apps import Apps, LiveCall
+from ._apps import Apps, LiveCall, Whereabouts
 from ._cluster import Cluster
 from ._foresight import Foresight
 from ._layout import idle_service, node_infos, places
@@ -41,9 +42,9 @@ from ._workload import SimRun
 
 TICK_S = 1.0
 """As often as the gateway ticks."""
-_GROWTH_TOKENS = 64
+_GROWTH_TOKENS = 128
 """So often a call that has outgrown its reservation is asked how far it is (ours): at a usual pace
-about once a second, where the gateway asks five times."""
+every two or three seconds, where the gateway asks five times a second."""
 _MANY_CALLS = 10**9
 _PREEMPTIONS = Settings().max_preemptions
 _SAMPLE_TICKS = 10
@@ -145,11 +146,8 @@ class _Simulation:
             self.tell(NodeJoined(info))
         self._agenda.at(TICK_S, self._tick)
         self.apps.play(runs, closed)
-        apps, agenda = self.apps, self._agenda
-        while not (apps.all_measured and not apps.measured_open):
-            if not agenda.next() or (horizon_s is not None and agenda.now > horizon_s):
-                break
-        self.outcome.simulated_s = agenda.now
+        self._agenda.play(self.apps.go_on, inf if horizon_s is None else horizon_s)
+        self.outcome.simulated_s = self._agenda.now
         self.outcome.kv_used_byte_s = self.nodes.kv_used_byte_s()
         self.outcome.memory = [one for samples in self._samples for one in samples]
         self.outcome.preemptions = self.scheduler.counts[Action.PREEMPTION]
@@ -205,6 +203,7 @@ class _Simulation:
         call.worker = command.worker
         call.dispatched = call.reserved_since = now
         call.reserved = self._claims[command.worker].reservations[call.name]
+        call.place = Whereabouts.ON_THE_WAY
         if half_s := self._half_trip_s.get(command.worker):
             self._agenda.at(now + half_s, self._admit, (call, command.priority, call.tries))
         else:
@@ -212,8 +211,9 @@ class _Simulation:
 
     def _admit(self, about: tuple[LiveCall, int, int]) -> None:
         call, priority, tried = about
-        if call.tries != tried or not call.worker:
+        if call.tries != tried or call.place is not Whereabouts.ON_THE_WAY:
             return  # it was taken back on the way
+        call.place = Whereabouts.INSIDE
         spec, run = call.spec, call.run
         server = self.nodes.servers[call.worker]
         request = Request(
@@ -265,6 +265,7 @@ class _Simulation:
             outcome.stalls += request.preemptions
             call.first_token = request.first_at
             if half_s := self._half_trip_s.get(call.worker):
+                call.place = Whereabouts.ON_THE_WAY_BACK
                 at = self._agenda.now + half_s
                 self._agenda.at(at, self._finish, (call, request.cached_tokens))
             else:
@@ -274,9 +275,9 @@ class _Simulation:
 
     def _finish(self, about: tuple[LiveCall, int]) -> None:
         call, cached_tokens = about
-        outcome, spec, place = self.outcome, call.spec, self.nodes.servers[call.worker].place
+        outcome, spec = self.outcome, call.spec
         outcome.calls_ended += 1
-        outcome.work_s += place.costs.service_s(spec.prompt_tokens, spec.output_tokens, 0)
+        outcome.work_s += call.alone_s
         outcome.prompt_tokens += spec.prompt_tokens
         outcome.cached_tokens += cached_tokens
         outcome.output_tokens += spec.output_tokens
@@ -301,17 +302,19 @@ class _Simulation:
         call.reserved_since = now
 
     def _preempt(self, command: Preempt) -> None:
-        call = self.apps.calls[command.call]
+        call = self.apps.calls.get(command.call)
+        if call is None or call.place is Whereabouts.ON_THE_WAY_BACK:
+            failed = CommandFailed(command.id, "it has ended")
+            self._agenda.at(self._agenda.now, self.tell, failed)
+            return
         server = self.nodes.servers[command.worker]
         self._release(call)
-        self.outcome.recomputed_tokens += server.engine.remove(call.name, self._agenda.now)
-        call.worker = ""
+        if call.place is Whereabouts.INSIDE:
+            self.outcome.recomputed_tokens += server.engine.remove(call.name, self._agenda.now)
+            self._arm(server)
+        call.place, call.worker = Whereabouts.OUTSIDE, ""
         self.nodes.queued(call.spec.model, 1)
-        self._arm(server)
-        self._agenda.at(self._agenda.now, self._taken_off, command)
-
-    def _taken_off(self, command: Preempt) -> None:
-        self.tell(CommandApplied(command.id))
+        self._agenda.at(self._agenda.now, self.tell, CommandApplied(command.id))
 
     def _reject(self, command: Reject) -> None:
         """The call will never be served; its run does not end."""

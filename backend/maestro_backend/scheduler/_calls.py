@@ -49,8 +49,8 @@ class CallTable:
         """Worker -> predicted service of what runs there, in microseconds."""
         self.waiting = 0
         """Calls in all queues."""
-        self.emptied: set[str] = set()
-        """Models whose queue has become empty; cleared by whoever reads it."""
+        self.emptied: dict[str, None] = {}
+        """Models whose queue has become empty, in that order; cleared by whoever reads it."""
         self._arrivals = 0
 
     def add(self, request: CallArrived, now: float) -> Call:
@@ -115,7 +115,7 @@ class CallTable:
             del queue[call.call]
             self.waiting -= 1
             if not queue:
-                self.emptied.add(call.request.model)
+                self.emptied[call.request.model] = None
         else:
             del self.running[call.worker][call.call]
             self.work[call.worker] -= call.work

@@ -73,6 +73,8 @@ class Dispatcher:
         places = world.places.of(model)
         short = world.short.get(model) if places.free else None
         while places.free:
+            if world.ledger.freed:
+                short = None  # a call that went before has given up more than it took
             call = self._queues.first(model, now)
             if call is None or (short is not None and short[0] is call):
                 return
@@ -107,9 +109,10 @@ class Dispatcher:
             places.set_aside(worker.worker)
             tried = tried or worker
             worker = places.least(call)
-        worker = places.roomiest(call)
-        if worker is not None and self._reserve(call, worker):
-            return worker, tried
+        while (worker := places.roomiest(call)) is not None:
+            if self._reserve(call, worker):
+                return worker, tried
+            places.set_aside(worker.worker)  # what it had is taken meanwhile
         return None, tried
 
     def _last_of_run(self, call: Call, places: Places) -> WorkerInfo | None:

@@ -29,7 +29,7 @@ _NEARNESS = tuple(Residency)
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A model that could not be brought in: not tried again before `until`."""
+    """A worker that could not be brought in: not tried again before `until`."""
 
     until: float
     detail: str
@@ -70,12 +70,26 @@ class Residencies:
         return move is not None and move.residency is Residency.DEVICE
 
     def failure(self, model: str, now: float) -> Failure | None:
-        """Why `model` is not tried now, if it is not."""
-        failure = self.failures.get(model)
-        return failure if failure and now < failure.until else None
+        """Why `model` is not tried now, if it is not: all of its workers have failed."""
+        found = [self.failures.get(w.worker) for w in self._world.of_model(model)]
+        failed = [one for one in found if one is not None and now < one.until]
+        if not failed or len(failed) < len(found):
+            return None
+        return min(failed, key=lambda one: one.until)
 
-    def fail(self, model: str, detail: str, now: float) -> None:
-        self.failures[model] = Failure(now + self._world.settings.failure_pause_s, detail)
+    def fail(self, worker: str, detail: str, now: float) -> None:
+        self.failures[worker] = Failure(now + self._world.settings.failure_pause_s, detail)
+
+    def forgive(self, now: float) -> bool:
+        """Whether a worker that had failed may be tried again from now on."""
+        over = [worker for worker, one in self.failures.items() if one.until <= now]
+        for worker in over:
+            del self.failures[worker]
+        return bool(over)
+
+    def _may_be_tried(self, info: WorkerInfo, now: float) -> bool:
+        failure = self.failures.get(info.worker)
+        return failure is None or failure.until <= now
 
     def sooner(self, model: str) -> bool:
         """Whether `model` is not here, and is expected sooner than when that was last planned."""
@@ -169,13 +183,13 @@ class Residencies:
             model = demand.model
             if len(world.of_model(model)) < 2 or model in self.unmet or self.failure(model, now):
                 continue
-            queue = world.calls.queued(model)
-            oldest = next((call for call in queue.values() if call.key is not None), None)
+            free = [call for call in world.calls.queued(model).values() if call.key is not None]
+            oldest = free[0] if free else None
             if oldest is None or (world.places.of(model).free and model not in world.short):
                 continue
             replica = Demand(model, oldest, replica=True)
             workers = [w for w in world.of_model(model) if self._may_come(w, replica, now)]
-            if workers and self._places_coming(model) < len(queue):
+            if workers and self._places_coming(model) < len(free):
                 yield from self._bring(replica, spoken_for, now, workers)
 
     def _may_come(self, info: WorkerInfo, replica: Demand, now: float) -> bool:
@@ -184,7 +198,7 @@ class Residencies:
         waited_s = now - replica.oldest.arrived
         if waited_s < max(_REPLICA_S, info.activation_s.get(info.residency, 0.0)):
             return False
-        if self._world.comes(info):
+        if self._world.comes(info) or not self._may_be_tried(info, now):
             return False
         return self._kv_room(info) >= kv_least(info) or any(
             self._may_leave(w, replica, now) for w in self._world.of_device(_device(info))
@@ -214,6 +228,7 @@ class Residencies:
             w
             for w in sorted(mine, key=lambda w: _NEARNESS.index(w.residency))
             if world.move_of(w.worker) is None
+            and self._may_be_tried(w, now)
             and w.worker not in world.draining
             and _device(w) not in spoken_for
         ]

@@ -108,7 +108,7 @@ class Scheduler:
 
     def _review(self, now: float) -> Iterator[Command]:
         """Look at everything anew."""
-        changed = self._world.changed
+        changed = self.residencies.forgive(now) or self._world.changed
         self._reviewed, self._world.changed = now, False
         self._queues.rekey_all(now)
         self._world.settle_places(now)
@@ -128,7 +128,7 @@ class Scheduler:
     def _note_emptied(self) -> None:
         """Where the last waiting call of a model has gone, its idle workers may make room, and
         what it waited for is free for others."""
-        for model in self.calls.emptied & self._standing:
+        for model in [model for model in self.calls.emptied if model in self._standing]:
             self._standing.discard(model)
             if self.residencies.unmet or self._world.short:
                 self._world.touch(model)
@@ -194,7 +194,7 @@ class Scheduler:
             self._believe(run, (), now)
             run.ended = True
             self._forget_if_over(run, now)
-        return self._kept.forget(event.run, self.runs.get(event.run))
+        return self._kept.forget(event.run, run)
 
     def _forget_if_over(self, run: Run, now: float) -> None:
         if run.ended and not run.live_calls:
@@ -354,7 +354,7 @@ class Scheduler:
         if info.state is not WorkerState.SUSPENDED:
             self.residencies.broken.discard(info.worker)
         if info.state is WorkerState.FAILED:
-            self.residencies.fail(info.model, info.detail, now)
+            self.residencies.fail(info.worker, info.detail, now)
         world.account(info.worker)
 
     def _node_lost(self, event: ev.NodeLost, now: float) -> Iterable[Command]:
@@ -429,7 +429,7 @@ class Scheduler:
             self._world.undrain(info.worker)
             self._rest(info.worker, now)
         if move.residency is Residency.DISK and (fetched or info.worker in self.residencies.broken):
-            self.residencies.fail(info.model, reason, now)
+            self.residencies.fail(info.worker, reason, now)
         elif move.residency is Residency.DEVICE:
             self._bring_failed(info, move, reason, now)
 
@@ -439,7 +439,7 @@ class Scheduler:
         elif info.state is WorkerState.STOPPED and info.most_bytes != move.need:
             return  # its size is known only now: plan again
         elif info.state is not WorkerState.READY:
-            self.residencies.fail(info.model, reason, now)
+            self.residencies.fail(info.worker, reason, now)
 
     def _account(self, worker: str) -> None:
         if worker in self.workers:

@@ -234,6 +234,7 @@ class World:
         if old is not None and (old.model, _device(old)) != (info.model, _device(info)):
             self._unlist(old)
             self.places.of(old.model).shut(worker)
+            self._served.discard(old.model)
         self.workers[worker] = info
         self._by_model.setdefault(info.model, {})[worker] = info
         self._by_device.setdefault(_device(info), {})[worker] = info
@@ -252,6 +253,8 @@ class World:
         lost = set(gone)
         self.moves = {i: m for i, m in self.moves.items() if m.worker not in lost}
         self.keeps = {i: keep for i, keep in self.keeps.items() if keep[0] not in lost}
+        limits = self._limit_commands.items()
+        self._limit_commands = {i: worker for i, worker in limits if worker not in lost}
         self.ledger.drop_node(node)
         for worker in gone:
             self._moved(worker)

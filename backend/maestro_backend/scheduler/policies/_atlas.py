@@ -41,6 +41,7 @@ class Atlas(Levels):
 
     def ended(self, call: Call, run: Run, now: float) -> None:
         path_s = self.attained_s(call, run) + now - call.started
+        self._before.get(run.run, {}).pop(call.call, None)
         ended = self._ended.setdefault(run.run, {})
         stage = call.request.stage
         ended[stage] = max(path_s, ended.get(stage, 0.0))

@@ -11,7 +11,7 @@ import math
 from maestro_backend.scheduler._calls import Call, Key
 from maestro_backend.scheduler._runs import Run
 
-from ._base import MOST_PRIORITY, Policy, milliseconds
+from ._base import MOST_PRIORITY, Policy
 
 
 class Edf(Policy):
@@ -25,7 +25,7 @@ class Edf(Policy):
 
     def priority(self, call: Call, run: Run | None, now: float) -> int:
         deadline = _deadline(run)
-        return MOST_PRIORITY if deadline == math.inf else milliseconds(deadline)
+        return int(min(MOST_PRIORITY, max(0.0, deadline)))  # seconds: they last for 68 years
 
 
 def _deadline(run: Run | None) -> float:

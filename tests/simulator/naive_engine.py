@@ -135,6 +135,10 @@ class NaiveEngine:
             worst = max(call.spec.priority for call in self.running)
             victim = [call for call in self.running if call.spec.priority == worst][-1]
             victim.lost = victim.tokens
+            self.left["preempted", victim.spec.call] = tuple(
+                victim.blocks[: victim.tokens // self.size]
+            )
+            self.used |= dict.fromkeys(self.left["preempted", victim.spec.call], 0)
             victim.tokens = 0
             victim.preemptions += 1
             self.drop(victim)
@@ -165,8 +169,11 @@ class NaiveEngine:
     def admit(self, call: Call) -> bool:
         spec, size = call.spec, self.size
         call.fill = spec.prompt_tokens + call.generated
-        begun = self.left.get(spec.prefix, ())[: min(spec.prefix_tokens, call.fill - 1) // size]
-        shared = list(takewhile(self.used.__contains__, begun))
+        shared: list[int] = []
+        if call.preemptions:
+            shared = self.found(("preempted", spec.call), min(call.lost, call.fill - 1))
+        if not shared:
+            shared = self.found(spec.prefix, min(spec.prefix_tokens, call.fill - 1))
         own = -(-call.fill // size) - len(shared)
         needed = len(self.in_use() | set(shared)) + self.growth() + own
         if self.running and needed > self.blocks:
@@ -181,6 +188,11 @@ class NaiveEngine:
             call.cached = call.tokens
         self.trim()
         return True
+
+    def found(self, key: Hashable, tokens: int) -> list[int]:
+        """Blocks of the cache that hold this beginning, as far as they are left."""
+        begun = self.left.get(key, ())[: tokens // self.size]
+        return list(takewhile(self.used.__contains__, begun))
 
     def step(self, chunks: dict[Call, int], now: float) -> float:
         if not chunks:

@@ -178,10 +178,11 @@ def test_the_last_admitted_goes_back_when_blocks_run_out() -> None:
     assert happened[0] == (now, "preempted:b")
     now += step(1, 9)  # nobody is admitted here
     assert happened[1] == (now, "finished:a")
-    # b begins again with 6 + 2 tokens, and its third output token comes with them.
-    now += step(0, 0, 8) + step(1, 9)
+    # b begins again with 6 + 2 tokens, of which its first block is still there; its third output
+    # token comes with the rest.
+    now += step(0, 0, 4) + step(1, 9)
     assert happened[2] == (now, "finished:b")
-    assert (second.preemptions, second.recomputed_tokens) == (1, 7)
+    assert (second.preemptions, second.recomputed_tokens) == (1, 3)
     assert first.preemptions == 0
 
 

@@ -68,7 +68,8 @@ def test_a_model_in_host_memory_is_brought_in_first() -> None:
     assert story.makespan(made) == pytest.approx(LIMIT_S + 3.0 + 1.0)
     outcome = story.outcome
     assert outcome.activations == {Residency.HOST: 1}
-    assert outcome.activation_s == outcome.exposed_s == pytest.approx(3.0)
+    assert outcome.activation_s == pytest.approx(3.0)
+    assert outcome.exposed_s == pytest.approx(LIMIT_S + 3.0)
     assert outcome.cold_starts == 1
 
 
@@ -82,7 +83,7 @@ def test_weights_that_host_memory_cannot_hold_come_from_the_disk() -> None:
 
 def test_one_goes_before_another_comes_where_there_is_no_room_for_both() -> None:
     made = chain("r", 0.0, 10, 10, models=("a", "b"))
-    story = play(cluster("a", "b", capacity=WEIGHTS + 60 * MIB), [made])
+    story = play(cluster("a", "b", capacity=WEIGHTS + 80 * MIB), [made])
     out_s, in_s = 1.0 + 0.5, 1.0 + 2.0
     assert story.makespan(made) == pytest.approx(1.0 + out_s + in_s + 1.0)
 
@@ -149,7 +150,7 @@ def four_on_room_for_two(number: int, seed: int, *, lru: bool = False) -> Story:
         )
         runs.append(run(f"r{at}", 5.0 * at, *calls))
     rules = replace(TRUE, weights="lru") if lru else TRUE
-    return play(cluster(*MODELS, capacity=2 * WEIGHTS + 90 * MIB), runs, rules)
+    return play(cluster(*MODELS, capacity=2 * WEIGHTS + 150 * MIB), runs, rules)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -162,7 +163,7 @@ def test_four_models_on_room_for_two_all_serve_and_never_overfill(seed: int) -> 
 def test_a_future_that_is_known_hides_switches() -> None:
     ahead = [four_on_room_for_two(1, seed).outcome for seed in range(6)]
     blind = [four_on_room_for_two(1, seed, lru=True).outcome for seed in range(6)]
-    assert all(one.exposed_s == pytest.approx(one.activation_s) for one in blind)
+    assert all(one.exposed_s >= one.activation_s for one in blind)
     hidden = 1 - sum(o.exposed_s for o in ahead) / sum(o.activation_s for o in ahead)
     assert hidden > 0.6
 

@@ -47,6 +47,8 @@ class Run:
     """Worker and call of kept prefixes that a later call has taken over: to be let go of."""
     live_calls: set[str] = field(default_factory=set)
     paused_at: float | None = None
+    paused_s: float = 0.0
+    """Of all pauses that are over."""
     last_seen: float = 0.0
     ended: bool = False
 
@@ -60,8 +62,10 @@ class Run:
 
     def resume(self, now: float) -> None:
         """Move the deadline by the length of the pause."""
-        if self.paused_at is not None and self.deadline is not None:
-            self.deadline += now - self.paused_at
+        if self.paused_at is not None:
+            self.paused_s += now - self.paused_at
+            if self.deadline is not None:
+                self.deadline += now - self.paused_at
         self.paused_at = None
 
 

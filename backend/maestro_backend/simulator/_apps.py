@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from maestro_backend.scheduler import (
     LIKELY,
@@ -31,6 +31,7 @@ from ._agenda import Agenda
 from ._foresight import CallForesight, Foresight
 from ._layout import Service
 from ._outcome import Outcome, RunOutcome
+from ._requests import Request
 from ._system import System
 from ._truth import Truth
 from ._workload import SimCall, SimRun, Template
@@ -42,8 +43,16 @@ CLASS_DEFAULT = Length(256, 512)
 """What is thought of a call of which nothing is known."""
 
 
-Known = tuple[tuple[Any, ...], float]
-"""The rest of a call's CallArrived, after its name and its run's; its seconds alone in truth."""
+class Known(NamedTuple):
+    """What of a call is the same in every run of its template."""
+
+    told: tuple[Any, ...]
+    """Its CallArrived after the names of call and run."""
+    told_alone: tuple[Any, ...]
+    """The same without the stages that it waited for."""
+    waits_for: tuple[str, ...]
+    alone_s: float
+    """Seconds on an idle engine, in truth."""
 
 
 class LiveRun:
@@ -56,8 +65,10 @@ class LiveRun:
         "known",
         "left",
         "likely",
+        "live",
         "name",
         "outcome",
+        "people",
         "sim",
         "template",
         "to_wait",
@@ -80,6 +91,10 @@ class LiveRun:
         self.left = len(sim.template.calls)
         self.to_wait = [len(call.after) for call in sim.template.calls]
         """By call, how many of those before it have not ended."""
+        self.people = 0
+        """People that the run waits for."""
+        self.live: dict[str, int] = {}
+        """By stage: its calls between arrival and end."""
         self.came = bytearray(self.left)
         """By call, whether it has arrived."""
         self.expect: dict[int, tuple[ForecastCall, ...]] = {}
@@ -108,6 +123,7 @@ class LiveCall:
         "index",
         "name",
         "place",
+        "request",
         "reserved",
         "reserved_since",
         "run",
@@ -130,6 +146,7 @@ class LiveCall:
         self.reserved = 0
         self.reserved_since = now
         self.place = Whereabouts.OUTSIDE
+        self.request: Request | None = None
 
 
 class Apps:
@@ -224,7 +241,9 @@ class Apps:
             self._arrive((run, index))
             return
         if call.human:
-            self._tell(RunPaused(run.name))
+            run.people += 1
+            if run.people == 1:
+                self._tell(RunPaused(run.name))
         self._agenda.at(self._agenda.now + call.gap_s, self._arrive, (run, index))
 
     def _arrive(self, about: tuple[LiveRun, int]) -> None:
@@ -232,7 +251,9 @@ class Apps:
         spec = run.template.calls[index]
         now = self._agenda.now
         if spec.human and spec.gap_s > 0.0:
-            self._tell(RunResumed(run.name))
+            run.people -= 1
+            if not run.people:
+                self._tell(RunResumed(run.name))
         run.came[index] = 1
         call = LiveCall(f"{run.name}#{index}", run, index, spec, now)
         self.calls[call.name] = call
@@ -242,9 +263,13 @@ class Apps:
         known = run.known[index]
         if known is None:
             known = run.known[index] = self._tell_apart(run, index, spec)
-        call.alone_s = known[1]
+        call.alone_s = known.alone_s
+        told, live = known.told, run.live
+        if live and any(stage in live for stage in known.waits_for):
+            told = known.told_alone  # a branch beside it has a call of that stage
+        live[spec.stage] = live.get(spec.stage, 0) + 1
         self._arrived(call)
-        self._tell(CallArrived(call.name, run.name, *known[0]))
+        self._tell(CallArrived(call.name, run.name, *told))
 
     def _tell_apart(self, run: LiveRun, index: int, spec: SimCall) -> Known:
         """What is told of the call whenever a run of its template comes to it."""
@@ -261,12 +286,17 @@ class Apps:
             run.template.tenant,
             prompt,
         )
-        return told, self._service(spec.model, prompt, spec.output_tokens, 0)
+        stages = tuple(dict.fromkeys(run.template.calls[before].stage for before in spec.after))
+        alone_s = self._service(spec.model, prompt, spec.output_tokens, 0)
+        return Known((*told, stages), (*told, ()), stages, alone_s)
 
     def ended(self, call: LiveCall, cached_tokens: int) -> None:
         """The engine is done with the call, and its app has the answer."""
         run, index, spec = call.run, call.index, call.spec
         del self.calls[call.name]
+        run.live[spec.stage] -= 1
+        if not run.live[spec.stage]:
+            del run.live[spec.stage]
         self._tell(CallFinished(call.name, spec.prompt_tokens, spec.output_tokens, cached_tokens))
         followers = run.template.followers[index]
         if self._foresees:
@@ -285,6 +315,8 @@ class Apps:
             self.measured_open -= 1
             call.run.outcome = None
         self._tell(RunEnded(call.run.name))
+        if self._closed:
+            self._next_run()
 
     def _length(self, run: LiveRun, index: int, spec: SimCall) -> Length:
         lengths = self._system.lengths
@@ -309,13 +341,20 @@ class Apps:
 
     def _expect_after(self, run: LiveRun, index: int, spec: SimCall) -> None:
         """A call has arrived: what was expected of its arrival is over, what comes after counts."""
-        since = run.likely.pop(spec.stage, None)
+        since = run.likely.get(spec.stage)
         if since is not None:
             self._outcome.lead_s += self._agenda.now - since
         self._outcome.lead_calls += 1
+        followers, routed = run.template.followers, self._system.future != "learned"
+        awaited = False
         for before in spec.after:
-            if before in run.expect and all(run.came[f] for f in run.template.followers[before]):
-                del run.expect[before]
+            expected = run.expect.get(before, ())
+            if routed and not all(run.came[follower] for follower in followers[before]):
+                awaited = awaited or any(call.stage == spec.stage for call in expected)
+            else:  # without announcements nobody knows that others are to follow
+                run.expect.pop(before, None)
+        if not awaited:
+            run.likely.pop(spec.stage, None)
         ahead, rest = self._ahead(run, index)
         run.expect[index] = ahead
         self._believe(run, rest)
@@ -335,6 +374,10 @@ class Apps:
             run.expect.pop(index, None)
         elif run.truth is None and run.foreseen is not None:
             said = run.foreseen[index].confirmed
+            calls = run.template.calls
+            if any(calls[follower].human for follower in followers):  # nobody knows what people do
+                sure = {calls[f].stage for f in followers if not calls[f].human}
+                said = tuple(call for call in said if call.stage in sure)
             run.expect[index] = tuple(map(self._plain, said)) if self._blind else said
         self._believe(run, None)
 

@@ -38,6 +38,7 @@ class Engine(Batch):
     """
 
     __slots__ = (
+        "_alone",
         "_arrivals",
         "_closed",
         "_leaving",
@@ -61,6 +62,7 @@ class Engine(Batch):
                 f"({max_num_seqs}): every running call decodes in every step"
             )
         super().__init__(costs, blocks, block_tokens, max_batched_tokens)
+        self._alone = costs
         self.max_num_seqs = max_num_seqs
         self._queue: list[tuple[int, int, Request]] = []
         self._queued: dict[str, Request] = {}
@@ -177,6 +179,16 @@ class Engine(Batch):
             self._serve()
             self._plan()
 
+    def share(self, ways: int, now: float) -> None:
+        """From the next step on, so many engines compute on the device at once."""
+        costs = self._alone if ways == 1 else self._alone.shared(ways)
+        if costs == self._costs:
+            return
+        opened = self._open(now)
+        self._costs = costs
+        if opened:
+            self._plan()
+
     def clear_cache(self) -> None:
         """The weights are gone: so are cached entries and pins."""
         self._prefixes.clear()
@@ -285,6 +297,8 @@ class Engine(Batch):
                 victim.lost = self._step - victim.base
                 victim.generated = victim.lost - victim.prompt_tokens + 1
             victim.preemptions += 1
+            if full := victim.lost // self._size:
+                self._prefixes.leave(_lost(victim), full, victim.entry)
             self._drop(victim)
             self._wait(victim)
             self._closed = True
@@ -311,10 +325,12 @@ class Engine(Batch):
         prefixes = self._prefixes
         fill = request.prompt_tokens + request.generated
         entry, shared = None, 0
-        if request.prefix is not None:
+        if request.preemptions:
+            entry = prefixes.take(_lost(request), min(request.lost, fill - 1) // size)
+        if entry is None and request.prefix is not None:
             entry = prefixes.take(request.prefix, min(request.prefix_tokens, fill - 1) // size)
-            if entry is not None:
-                shared = entry.depth
+        if entry is not None:
+            shared = entry.depth
         own = -(-fill // size) - shared
         if running and self._own + self._growth() + own + prefixes.held > self.blocks:
             if entry is not None:
@@ -351,3 +367,8 @@ class Engine(Batch):
         while self._queued.get(queue[0][2].call) is not queue[0][2]:
             heappop(queue)
         return queue[0][2]
+
+
+def _lost(request: Request) -> Hashable:
+    """What a preempted call leaves in the cache, under this key."""
+    return "preempted", request.call

@@ -25,8 +25,6 @@ from ._hardware import DeviceProfile, ModelGeometry
 from ._steps import StepCosts, step_costs
 from ._system import System
 
-_FLOOR_TOKENS = 8192
-"""KV that a worker whose limit moves holds at the least: a long request, not the longest (ours)."""
 _STATES = {Residency.DEVICE: WorkerState.READY, Residency.DISK: WorkerState.STOPPED}
 _TIERS = (Residency.DEVICE, Residency.HOST, Residency.PARKED, Residency.DISK)
 
@@ -146,14 +144,17 @@ def _place(
     residual = profile.residual_bytes * device.devices
     most = _capacity(device) - model.weights_bytes - residual
     if not system.elastic and system.weights != "static":
-        most = min(most, cluster.kv_bytes.get(name, most))
+        if system.whole_device:
+            most -= residual * (len(device.models) - 1)
+        else:
+            most = min(most, cluster.kv_bytes.get(name, most))
     most -= most % block_bytes
     if most <= 0:
         raise ConfigError(
             f"model {name!r} does not fit {device.name} of node {node.name!r} with its KV cache: "
             "take it off that device in the cluster file"
         )
-    floor = min(most, block_bytes * -(-_FLOOR_TOKENS // model.block_tokens))
+    floor = min(most, block_bytes * -(-model.max_model_len // model.block_tokens))
     limit = floor
     if not system.elastic:  # a cache of one size goes and comes with the weights
         limit = most if tier is Residency.DEVICE else 0

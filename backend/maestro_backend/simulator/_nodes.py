@@ -1,7 +1,8 @@
 """The simulated node agents: engines, moves of weights, KV limits. What they take is virtual time.
 
-Moves of one device go one after the other, as the node agent does it; other engines of the device
-compute on meanwhile, as if they were alone (no interference: ours).
+Moves of one device go one after the other, as the node agent does it. Engines that compute on one
+device at the same time share it: each takes as much longer as there are of them (time slices, as
+processes without MPS have them; ours). Moving weights slows nobody down.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ._outcome import MemorySample, Outcome
 class Server:
     """One worker. Its engine is there while the worker is ready."""
 
-    __slots__ = ("due", "engine", "info", "place", "shrinking")
+    __slots__ = ("busy", "due", "engine", "info", "place", "shrinking")
 
     def __init__(self, place: Place, max_batched_tokens: int) -> None:
         self.place = place
@@ -47,6 +48,7 @@ class Server:
             place.info.max_inflight,
             max_batched_tokens,
         )
+        self.busy = False
         self.due = inf
         """When the engine is looked at next."""
         self.shrinking = False
@@ -74,12 +76,28 @@ class Nodes:
         self._tell = tell
         self.servers = {name: Server(place, max_batched_tokens) for name, place in places.items()}
         self._free_at: dict[tuple[str, str], float] = {}
+        self._on_device: dict[tuple[str, str], list[Server]] = {}
+        for server in self.servers.values():
+            self._on_device.setdefault((server.info.node, server.info.device), []).append(server)
         self._ready = dict.fromkeys((p.info.model for p in places.values()), 0)
         self._queued: dict[str, int] = defaultdict(int)
         self._starved: dict[str, float] = {}
         """Models whose calls wait while no worker of theirs is ready, and since when."""
         for server in self.servers.values():
             self._ready[server.info.model] += server.info.state is WorkerState.READY
+
+    # --- engines that share a device ------------------------------------------------------------
+
+    def work(self, server: Server, busy: bool) -> None:
+        """The engine has something to do, or nothing more: the others of its device feel it."""
+        server.busy = busy
+        here = self._on_device[server.info.node, server.info.device]
+        if len(here) == 1:
+            return
+        working = [one for one in here if one.busy]
+        for one in working:
+            one.engine.share(len(working), self._agenda.now)
+            self._arm(one)
 
     # --- calls that wait for weights ------------------------------------------------------------
 
@@ -118,8 +136,9 @@ class Nodes:
             changes["kv_limit_bytes"] = start.kv_max_bytes if end is Residency.DEVICE else 0
         if end is Residency.DEVICE:
             self._outcome.activations[start.residency] += 1
-            self._outcome.activation_s += took_s
-            self._agenda.at(at, self._came, (server, began))
+            if not self._ready[start.model]:  # else it is a further worker: nothing is switched
+                self._outcome.activation_s += took_s
+            self._agenda.at(at, self._came, server)
         else:
             changes["host_bytes"] = start.host_copy_bytes if end is Residency.HOST else 0
         self._agenda.at(at, self._change, (server, changes))
@@ -157,12 +176,10 @@ class Nodes:
             limit = server.engine.blocks * server.place.block_bytes
             self._agenda.at(self._agenda.now, self._change, (server, {"kv_limit_bytes": limit}))
 
-    def _came(self, about: tuple[Server, float]) -> None:
+    def _came(self, server: Server) -> None:
         """Weights have come to the device: for how long were calls waiting for that?"""
-        server, began = about
-        model = server.info.model
-        if (since := self._starved.pop(model, None)) is not None:
-            self._outcome.exposed_s += self._agenda.now - max(since, began)
+        if (since := self._starved.pop(server.info.model, None)) is not None:
+            self._outcome.exposed_s += self._agenda.now - since
 
     def _change(self, about: tuple[Server, dict[str, Any]]) -> None:
         server, changes = about

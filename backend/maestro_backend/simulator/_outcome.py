@@ -55,8 +55,9 @@ class Outcome:
 
     Seconds and bytes. `work_s`: what the ended calls take alone on idle engines. `stalls`: times
     that a call waited for KV memory, in our queue or taken off in the engine. `cold_starts`: calls
-    that arrived when no worker of their model was ready. `activation_s`: all moves of weights to a
-    device; `exposed_s`: the part of them that calls had to wait for. `lead_s`: sum over
+    that arrived when no worker of their model was ready. `activation_s`: moves of weights
+    to a device, of models of which no worker was ready; `exposed_s`: how long calls were waiting
+    for those, also for room to be made. `lead_s`: sum over
     `lead_calls` of the time from when a stage was certain or held P >= 0.5 to its call's arrival.
     """
 
@@ -71,13 +72,14 @@ class Outcome:
     cached_tokens: int = 0
     output_tokens: int = 0
     kv_reserved_byte_s: float = 0.0
+    """For calls, and for prefixes that are kept."""
     kv_used_byte_s: float = 0.0
     stalls: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0
     cold_starts: int = 0
     activations: Counter[Residency] = field(default_factory=Counter)
-    """By the tier that the weights came from."""
+    """By the tier that the weights came from; also those of further workers of a model."""
     activation_s: float = 0.0
     exposed_s: float = 0.0
     lead_s: float = 0.0

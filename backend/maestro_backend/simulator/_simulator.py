@@ -105,6 +105,7 @@ class _Simulation:
         self._agenda = agenda = Agenda()
         self._system = system
         self._grows = system.kv != "paged"
+        self._keeps = system.future != "none"
         self._validate = validate
         self._trace_run = trace_run
         self._on_step = on_step
@@ -148,6 +149,9 @@ class _Simulation:
         self.apps.play(runs, closed)
         self._agenda.play(self.apps.go_on, inf if horizon_s is None else horizon_s)
         self.outcome.simulated_s = self._agenda.now
+        for call in self.apps.calls.values():
+            if call.worker:
+                self._release(call)
         self.outcome.kv_used_byte_s = self.nodes.kv_used_byte_s()
         self.outcome.memory = [one for samples in self._samples for one in samples]
         self.outcome.preemptions = self.scheduler.counts[Action.PREEMPTION]
@@ -174,11 +178,14 @@ class _Simulation:
             if len(self._samples) > _MOST_SAMPLES:
                 del self._samples[1::2]
                 self._sample_ticks *= 2
+        if self._keeps:
+            kept = sum(claim.kv_kept for claim in self._claims.values())
+            self.outcome.kv_reserved_byte_s += kept * TICK_S
         self.tell(Tick())
 
     def _reserved(self, worker: str) -> int:
         claim = self._claims.get(worker)
-        return claim.kv_reserved if claim else 0
+        return claim.kv_used if claim else 0
 
     # --- calls ----------------------------------------------------------------------------------
 
@@ -226,8 +233,11 @@ class _Simulation:
             spec.prefix_tokens,
             (run.name, call.index),
         )
+        call.request = request
         server.engine.add(request, self._agenda.now)
         self._arm(server)
+        if not server.busy:
+            self.nodes.work(server, True)
 
     def _first_mark(self, call: LiveCall) -> int:
         """The output at which the call has used up what was reserved for it; 0: never asked."""
@@ -249,11 +259,17 @@ class _Simulation:
         server, due = about
         if server.due != due:
             return  # something has changed since
-        for happening in server.engine.advance(self._agenda.now):
+        happened = server.engine.advance(self._agenda.now)
+        for happening in happened:  # what ends together cannot be taken off one for another
+            if happening.what is What.FINISHED:
+                self.apps.calls[happening.request.call].place = Whereabouts.ON_THE_WAY_BACK
+        for happening in happened:
             self._happened(server, happening)
         if server.shrinking:
             self.nodes.settle(server)
         self._arm(server)
+        if server.due == inf and server.busy:
+            self.nodes.work(server, False)
 
     def _happened(self, server: Server, happening: Happening) -> None:
         request = happening.request
@@ -265,7 +281,6 @@ class _Simulation:
             outcome.stalls += request.preemptions
             call.first_token = request.first_at
             if half_s := self._half_trip_s.get(call.worker):
-                call.place = Whereabouts.ON_THE_WAY_BACK
                 at = self._agenda.now + half_s
                 self._agenda.at(at, self._finish, (call, request.cached_tokens))
             else:
@@ -310,7 +325,11 @@ class _Simulation:
         server = self.nodes.servers[command.worker]
         self._release(call)
         if call.place is Whereabouts.INSIDE:
-            self.outcome.recomputed_tokens += server.engine.remove(call.name, self._agenda.now)
+            outcome, request = self.outcome, call.request
+            assert request is not None
+            outcome.stalls += request.preemptions
+            outcome.recomputed_tokens += request.recomputed_tokens
+            outcome.recomputed_tokens += server.engine.remove(call.name, self._agenda.now)
             self._arm(server)
         call.place, call.worker = Whereabouts.OUTSIDE, ""
         self.nodes.queued(call.spec.model, 1)

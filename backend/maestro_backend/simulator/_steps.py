@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, sqrt
 
 from ._hardware import DeviceProfile, ModelGeometry
@@ -77,6 +77,15 @@ class StepCosts:
             chunks * self.step_s(0, 0, self.chunk_tokens)
             + self.step_s(0, 0, fresh - chunks * self.chunk_tokens)
             + self.decode_s(1, prompt_tokens, output_tokens - 1)
+        )
+
+    def shared(self, ways: int) -> StepCosts:
+        """As long as so many engines take turns on the device."""
+        return replace(
+            self,
+            weights_s=self.weights_s * ways,
+            context_s=self.context_s * ways,
+            token_s=self.token_s * ways,
         )
 
     def _compute_bound(self, decoding: int, context: int) -> int:

@@ -22,9 +22,11 @@ class System:
     which models are brought in and put away. `lengths`: what is told of a call's output (none: the
     class default). `future`: what is told of the calls after it: nothing; what the app's routing
     has decided; what past runs let expect; both (announced); the truth. `elastic`: whether KV
-    limits move; if not, each engine's cache has one size. `preempts`: whether a call that has
-    waited long for KV memory takes a less urgent one's. `about` says what it stands for, and
-    what was adapted or left out. Those that are not `ranked` know what nobody can.
+    limits move; if not, each engine's cache has one size. `whole_device`: such a cache
+    takes all that the weights leave, so that one model at a time is on a device. `preempts`:
+    whether a call that has waited long for KV memory takes a less urgent one's. `about` says what
+    it stands for, and what was adapted or left out. Those that are not `ranked` know what nobody
+    can.
     """
 
     name: str
@@ -37,6 +39,7 @@ class System:
     elastic: bool = True
     placement: Placement = "load"
     preempts: bool = True
+    whole_device: bool = False
     ranked: bool = True
 
     @property

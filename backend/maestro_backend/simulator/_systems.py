@@ -53,7 +53,8 @@ _BASE = (
     System(
         "kairos",
         "Kairos (2508.06948): agents by the remaining latency learned of them, then by the run's "
-        "start; its memory packing is left out; on our node and cluster levels",
+        "start; what it knows it learns inside the cell; its memory packing is left out; on our "
+        "node and cluster levels",
         order="kairos",
     ),
     System(
@@ -128,6 +129,10 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no-prefetch": ("weights on demand, least recently used out", {"weights": "lru"}),
     "no-elastic": ("caches of one size", {"elastic": False}),
     "no-order": ("order of arrival", {"order": "fcfs"}),
+    "whole-device": (
+        "one model at a time on a device, with all of its memory",
+        {"whole_device": True, "elastic": False},
+    ),
 }
 
 ABLATIONS = (
@@ -176,6 +181,7 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 SYSTEMS: dict[str, System] = {one.name: one for one in _BASE}
 SYSTEMS |= {name: _changed(SYSTEMS["maestro"], name.partition(":")[2]) for name in ABLATIONS}
+SYSTEMS["affinity:whole-device"] = _changed(SYSTEMS["affinity"], "whole-device")
 SYSTEMS |= {
     f"maestro:{change}": _changed(SYSTEMS["maestro"], change)
     for change in ("median", "prefetch-all", "belady", "max_tokens", "paged")

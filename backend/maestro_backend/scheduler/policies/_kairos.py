@@ -30,7 +30,7 @@ class Kairos(Policy):
         self._expected_s: dict[Agent, float] = {}
         self._seen: dict[Agent, int] = {}
         self._came: dict[str, list[tuple[Agent, float]]] = {}
-        """Run -> the agents of its ended calls, and when those had come."""
+        """Run -> the agents of its ended calls, and when those had come, people's time left out."""
 
     def key(self, call: Call, run: Run | None, now: float) -> Key:
         return (self._remaining_s(call, run), run.started if run else call.arrived)
@@ -39,12 +39,12 @@ class Kairos(Policy):
         return milliseconds(self._remaining_s(call, run))
 
     def ended(self, call: Call, run: Run, now: float) -> None:
-        self._came.setdefault(run.run, []).append((_agent(call, run), call.arrived))
+        self._came.setdefault(run.run, []).append((_agent(call, run), call.arrived - run.paused_s))
 
     def run_over(self, run: Run, now: float) -> None:
         calls = self._came.pop(run.run, ())
         for agent, came in calls if run.ended else ():
-            self._learn(agent, now - came)
+            self._learn(agent, now - run.paused_s - came)
 
     def _learn(self, agent: Agent, latency_s: float) -> None:
         seen = self._seen[agent] = self._seen.get(agent, 0) + 1

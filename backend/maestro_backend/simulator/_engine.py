@@ -6,7 +6,8 @@ decode, any number of steps is one sum (`StepCosts`). Between two steps, in this
 1. Calls that were taken off leave, calls with all their output end, marks are noted.
 2. If the next step's decoding needs more blocks than there are, even without the cache, the call
    with the largest priority number goes back to the queue, of equals the last admitted, and its
-   KV cache is lost. A call that is alone is never preempted: it goes on over the limit.
+   full blocks join the cache: what is left of them it finds when it is admitted again. A call that
+   is alone is never preempted: it goes on over the limit.
 3. The next step takes one token of every decoding call, then the rest of a started prompt,
    then calls from the queue by (priority, arrival), up to `max_batched_tokens`. A call is
    admitted with a seat and blocks for its whole prompt (vLLM's `scheduler_reserve_full_isl`,

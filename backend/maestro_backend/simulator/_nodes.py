@@ -138,7 +138,7 @@ class Nodes:
             self._outcome.activations[start.residency] += 1
             if not self._ready[start.model]:  # else it is a further worker: nothing is switched
                 self._outcome.activation_s += took_s
-            self._agenda.at(at, self._came, server)
+            self._agenda.at(at, self._came, (server, began))
         else:
             changes["host_bytes"] = start.host_copy_bytes if end is Residency.HOST else 0
         self._agenda.at(at, self._change, (server, changes))
@@ -176,10 +176,11 @@ class Nodes:
             limit = server.engine.blocks * server.place.block_bytes
             self._agenda.at(self._agenda.now, self._change, (server, {"kv_limit_bytes": limit}))
 
-    def _came(self, server: Server) -> None:
-        """Weights have come to the device: for how long were calls waiting for that?"""
+    def _came(self, about: tuple[Server, float]) -> None:
+        """Weights have come to the device: for how long of that were calls waiting for them?"""
+        server, began = about
         if (since := self._starved.pop(server.info.model, None)) is not None:
-            self._outcome.exposed_s += self._agenda.now - since
+            self._outcome.exposed_s += self._agenda.now - max(since, began)
 
     def _change(self, about: tuple[Server, dict[str, Any]]) -> None:
         server, changes = about

@@ -55,9 +55,9 @@ class Outcome:
 
     Seconds and bytes. `work_s`: what the ended calls take alone on idle engines. `stalls`: times
     that a call waited for KV memory, in our queue or taken off in the engine. `cold_starts`: calls
-    that arrived when no worker of their model was ready. `activation_s`: moves of weights
-    to a device, of models of which no worker was ready; `exposed_s`: how long calls were waiting
-    for those, also for room to be made. `lead_s`: sum over
+    that arrived when no worker of their model was ready. `activation_s`: moves of weights to a
+    device, of models of which no worker was ready; `exposed_s`: the part of them during which calls
+    were waiting for those (before that, for room: that is in their queue wait). `lead_s`: sum over
     `lead_calls` of the time from when a stage was certain or held P >= 0.5 to its call's arrival.
     """
 

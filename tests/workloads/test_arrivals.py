@@ -11,6 +11,7 @@ from workloads.making import parquet
 
 from maestro_agents.protocol import ConfigError
 from maestro_backend.workloads import Arrivals, read_arrivals
+from maestro_backend.workloads._client_rates import ClientRates
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "arrivals"
 
@@ -75,6 +76,21 @@ def test_a_client_of_one_rare_window_is_no_long_wait(tmp_path: Path) -> None:
     ]
     arrivals = read_arrivals(parquet(tmp_path / "clients.parquet", rows))
     assert len(some(arrivals, 100)) == 100
+
+
+def test_bursty_clients_begin_as_they_go_on() -> None:
+    """Forty clients that are silent nearly always: no more of them come at first than later."""
+    bursty = ClientRates("made up", ({0: (1.0, 8.0)},) * 40, 1)
+    first = []
+    for seed in range(60):
+        at, came = 0.0, 0
+        for gap in bursty.gaps(40.0, seed):
+            at += gap
+            if at > 5.0:
+                break
+            came += 1
+        first.append(came)
+    assert fmean(first) == pytest.approx(40.0 * 5.0, rel=0.3)
 
 
 @pytest.mark.parametrize("wrong", ["gamma", "gamma:x", "gamma:-1", "gamma:nan", "posson"])

@@ -158,7 +158,7 @@ def _totals(outcome: Outcome) -> dict[str, Any]:
         },
         "activation_s": outcome.activation_s,
         "exposed_s": outcome.exposed_s,
-        "switch_time_hidden": 1.0 - _ratio(outcome.exposed_s, outcome.activation_s),
+        "switch_time_hidden": 1.0 - min(_ratio(outcome.exposed_s, outcome.activation_s), 1.0),
         "lead_time_s": _ratio(outcome.lead_s, outcome.lead_calls),
         "max_wait_s": outcome.max_wait_s,
         "queue_wait_s": _ratio(outcome.queue_wait_s, outcome.calls_ended),

@@ -61,11 +61,13 @@ class ClientRates:
     def _times(
         self, client: dict[int, tuple[float, float]], start: float, scale: float, dice: Random
     ) -> Iterator[float]:
-        """One client's arrivals. The first gap is entered at a random place."""
+        """One client's arrivals. The first gap is one that a random moment falls into: the longer
+        ones more often, and anywhere inside."""
         now, window = start, int(start // WINDOW_S)
         round_s = self.windows * WINDOW_S
         in_a_round = sum(rate for rate, _ in client.values()) * WINDOW_S * scale
-        left = dice.random()
+        _, cv = client.get(window % self.windows) or next(iter(client.values()))
+        left = dice.random() * dice.gammavariate(1.0 + 1.0 / cv**2, cv**2)
         while True:
             rounds = int(left // in_a_round)
             left -= rounds * in_a_round

@@ -78,7 +78,7 @@ BAD = {
     "source": (with_model(source="foo:bar"), ["models.tiny.source", "hub:"]),
     "device": ({**with_model(), "nodes": [{"devices": ["gpu"]}]}, ["nodes.0.devices", "cuda:0"]),
     "mixed": ({**with_model(), "nodes": [{"devices": ["cpu", "cuda:0"]}]}, ["nodes.0.devices"]),
-    "policy": ({**with_model(), "policy": "edf"}, ["policy", "maestro"]),
+    "policy": ({**with_model(), "policy": "soonest"}, ["policy", "maestro"]),
     "section": ({"models": {"tiny": None}}, ["models.tiny", "section"]),
     "two of a name": (
         {"models": {"a": TINY, "b": {**TINY, "served_names": ["a"]}}},
@@ -104,7 +104,7 @@ def test_errors_name_the_path_and_the_fix(case: str) -> None:
 
 def test_all_errors_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as raised:
-        Config.parse({**with_model(kv_memory="x", tensor_parallel=0), "policy": "edf"})
+        Config.parse({**with_model(kv_memory="x", tensor_parallel=0), "policy": "soonest"})
     assert len(str(raised.value).splitlines()) == 3
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from maestro_backend.clusters import (
     load_cluster,
     load_geometry,
 )
+from maestro_backend.clusters._calibrate import _together
+from maestro_backend.clusters._engine_client import Timed
 
 MODEL = load_geometry("llama-3.1-8b")
 PREFILL_TOKENS_S = 8000.0
@@ -145,3 +148,11 @@ async def test_a_server_that_fails_is_told_as_it_says() -> None:
         with pytest.raises(ConfigError, match="completions answered 500: unknown field") as caught:
             await client.ask(50, 2)
     assert "secret" not in str(caught.value)
+
+
+def test_answers_that_are_never_made_at_once_say_nothing_of_a_batch() -> None:
+    first = Timed(0.0, (1.0, 1.1, 1.2, 1.3), 64, 4)
+    later = Timed(0.0, (2.0, 2.1, 2.2, 2.3), 64, 4)
+    assert _together([first, later]) is None
+    beside = _together([first, replace(later, pieces=first.pieces)])
+    assert beside is not None and beside.seconds == pytest.approx(0.1)

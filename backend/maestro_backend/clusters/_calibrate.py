@@ -75,7 +75,8 @@ async def calibrate(
     for point in reversed(prefills):
         if left(1.0) > 2 * _LONG_BATCH * point.seconds:
             step = decodes[0].seconds
-            decodes += [await _decode(client, _LONG_BATCH, point.tokens, step, left(0.8), say)]
+            long = await _decode(client, _LONG_BATCH, point.tokens, step, left(0.8), say)
+            decodes += [long] if long is not None else []
             break
     fit = fit_steps(geometry, prefills, decodes, step_s=step_s)
     return Calibration(fit, tuple(prefills), tuple(decodes))
@@ -108,25 +109,36 @@ async def _batches(
         if points and left(_DECODE_PART) < 2 * _TOKENS[0] * last_s:
             break
         room = left(_DECODE_PART) / (len(_BATCHES) - len(points))
-        points.append(await _decode(client, batch, _PROMPT, last_s, room, say))
+        point = await _decode(client, batch, _PROMPT, last_s, room, say)
+        if point is None:
+            break
+        points.append(point)
+    if not points:
+        raise ConfigError(
+            "the answers are too short to time a token: the engine must take ignore_eos, and stream"
+        )
     return points
 
 
 async def _decode(
     client: EngineClient, batch: int, prompt: int, step_s: float, room_s: float, say: Say
-) -> DecodePoint:
-    """A batch that begins at once; only what all of them decode together counts."""
+) -> DecodePoint | None:
+    """A batch that begins at once; only what all of them decode together counts. None if the first
+    have ended before the last begin: their prompts take longer than so many tokens."""
     fewest, most = _TOKENS
     wanted = fewest if step_s == 0 else int(min(most, max(fewest, room_s / (2 * step_s))))
     answers = await asyncio.gather(*(client.ask(prompt, wanted) for _ in range(batch)))
     point = _together(list(answers))
+    if point is None:
+        say(f"{batch} at once never decode together: no larger batch is measured")
+        return None
     say(
         f"{batch} at once, {point.context:.0f} tokens each: {point.seconds * 1000:.1f} ms per token"
     )
     return point
 
 
-def _together(answers: list[Timed]) -> DecodePoint:
+def _together(answers: list[Timed]) -> DecodePoint | None:
     begin = max(answer.pieces[0] for answer in answers)
     end = min(answer.pieces[-1] for answer in answers)
     made, context = [], []
@@ -139,9 +151,6 @@ def _together(answers: list[Timed]) -> DecodePoint:
         context.append(answer.prompt_tokens + before + len(inside) * per_piece / 2)
     tokens = sum(count for count, _ in made)
     if tokens < 2 * len(answers):
-        raise ConfigError(
-            "the answers are too short, or never decode together; the engine must take ignore_eos "
-            f"and {len(answers)} calls at once"
-        )
+        return None
     seconds = (end - begin) * len(answers) / tokens
     return DecodePoint(len(answers), sum(context) / len(context), seconds)

@@ -100,7 +100,9 @@ _BASE = (
     System("maestro", "ours: everything on"),
     System(
         "oracle",
-        "true lengths, true futures and Belady's weights, least slack first: a bound, no rival",
+        "true lengths, true futures and Belady's weights, least slack first: not ranked, for it "
+        "knows what nobody can; no upper bound: it works on our node level, and others beat it at "
+        "times",
         order="oracle",
         weights="belady",
         lengths="true",

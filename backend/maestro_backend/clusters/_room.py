@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from maestro_agents.protocol import ConfigError
-from maestro_backend.simulator import Cluster, ModelGeometry, SimDevice
+from maestro_backend.simulator import Cluster
 
 USABLE_SHARE = 0.92
 """Of a device's memory, what engines may take: the rest is for activations, the driver and what
@@ -12,15 +12,10 @@ KV_SHARE = 0.4
 """Of the usable memory, meant for KV where a cluster's crowdedness is told (ours)."""
 
 
-def usable_bytes(device: SimDevice) -> int:
-    """What engines on a device, or on a group of them, may take in all."""
-    return device.profile.capacity_bytes * device.devices
-
-
 def fitting_bytes(cluster: Cluster) -> float:
     """Weights that fit with KV: 0.6 of the usable memory, less the processes of all engines."""
     return sum(
-        (1 - KV_SHARE) * usable_bytes(device)
+        (1 - KV_SHARE) * device.capacity_bytes
         - device.profile.residual_bytes * device.devices * len(device.models)
         for node in cluster.nodes
         for device in node.devices
@@ -45,7 +40,7 @@ def check_room(cluster: Cluster) -> None:
         ConfigError: one does not, or a KV cache of one size is too small or too large.
     """
     for name, size in cluster.kv_bytes.items():
-        longest = longest_request_bytes(cluster.models[name])
+        longest = cluster.models[name].longest_request_bytes
         if size < longest:
             raise ConfigError(
                 f"kv.{name}: {size} bytes are less than one request of max_model_len ({longest})"
@@ -54,16 +49,10 @@ def check_room(cluster: Cluster) -> None:
         for device in node.devices:
             for name in device.models:
                 model = cluster.models[name]
-                kv = cluster.kv_bytes.get(name, longest_request_bytes(model))
+                kv = cluster.kv_bytes.get(name, model.longest_request_bytes)
                 needed = model.weights_bytes + kv + device.profile.residual_bytes * device.devices
-                if needed > usable_bytes(device):
+                if needed > device.capacity_bytes:
                     raise ConfigError(
                         f"{name} does not fit {node.name}/{device.name}: {needed / 2**30:.1f} GiB "
-                        f"of {usable_bytes(device) / 2**30:.1f} GiB; take it out of models there"
+                        f"of {device.capacity_bytes / 2**30:.1f} GiB; take it out of models there"
                     )
-
-
-def longest_request_bytes(model: ModelGeometry) -> int:
-    """KV of one request of `max_model_len` tokens, in whole blocks."""
-    blocks = -(-model.max_model_len // model.block_tokens)
-    return blocks * model.block_tokens * model.kv_bytes_per_token

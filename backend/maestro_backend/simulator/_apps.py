@@ -225,7 +225,6 @@ class Apps:
 
     def _end(self, run: LiveRun) -> None:
         now = self._agenda.now
-        self._outcome.runs_ended += 1
         if run.outcome is not None:
             run.outcome.finish = now
             self.measured_open -= 1

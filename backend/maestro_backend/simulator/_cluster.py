@@ -20,6 +20,11 @@ class SimDevice:
     static: str
     devices: int = 1
 
+    @property
+    def capacity_bytes(self) -> int:
+        """What engines may use of it, over all its devices."""
+        return self.profile.capacity_bytes * self.devices
+
 
 @dataclass(frozen=True, slots=True)
 class SimNode:

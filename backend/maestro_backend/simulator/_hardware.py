@@ -56,3 +56,13 @@ class ModelGeometry:
     def kv_bytes_per_token(self) -> int:
         """Over all its devices: keys and values of every layer."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.kv_dtype_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """KV of one block of tokens."""
+        return self.block_tokens * self.kv_bytes_per_token
+
+    @property
+    def longest_request_bytes(self) -> int:
+        """KV of one request of `max_model_len` tokens, in whole blocks."""
+        return -(-self.max_model_len // self.block_tokens) * self.block_bytes

@@ -51,7 +51,7 @@ def places(cluster: Cluster, system: System) -> dict[str, Place]:
         host_left = node.host_bytes
         for device in node.devices:
             ready = _place(cluster, system, node, device, device.static, Residency.DEVICE)
-            left = _capacity(device) - _least(ready.info)
+            left = device.capacity_bytes - _least(ready.info)
             asleep = []
             names = () if system.weights == "static" else device.models
             for name in names:
@@ -84,7 +84,7 @@ def node_infos(cluster: Cluster, made: dict[str, Place]) -> list[NodeInfo]:
     return [
         NodeInfo(
             node.name,
-            tuple(DeviceInfo(d.name, _capacity(d)) for d in node.devices),
+            tuple(DeviceInfo(d.name, d.capacity_bytes) for d in node.devices),
             tuple(p.info for p in made.values() if p.info.node == node.name),
             node.host_bytes,
         )
@@ -117,10 +117,6 @@ def activation_s(
     }
 
 
-def _capacity(device: SimDevice) -> int:
-    return device.profile.capacity_bytes * device.devices
-
-
 def _least(info: WorkerInfo) -> int:
     return info.weights_bytes + info.kv_limit_bytes + info.residual_bytes
 
@@ -140,9 +136,9 @@ def _place(
     tier: Residency,
 ) -> Place:
     model, profile = cluster.models[name], device.profile
-    block_bytes = model.kv_bytes_per_token * model.block_tokens
+    block_bytes = model.block_bytes
     residual = profile.residual_bytes * device.devices
-    most = _capacity(device) - model.weights_bytes - residual
+    most = device.capacity_bytes - model.weights_bytes - residual
     if not system.elastic and system.weights != "static":
         if system.whole_device:
             most -= residual * (len(device.models) - 1)
@@ -154,7 +150,7 @@ def _place(
             f"model {name!r} does not fit {device.name} of node {node.name!r} with its KV cache: "
             "take it off that device in the cluster file"
         )
-    floor = min(most, block_bytes * -(-model.max_model_len // model.block_tokens))
+    floor = min(most, model.longest_request_bytes)
     limit = floor
     if not system.elastic:  # a cache of one size goes and comes with the weights
         limit = most if tier is Residency.DEVICE else 0

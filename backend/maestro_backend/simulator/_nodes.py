@@ -190,12 +190,10 @@ class Nodes:
             self._ready[info.model] += (info.state is WorkerState.READY) - (
                 before.state is WorkerState.READY
             )
-            if info.state is not WorkerState.READY and not self._ready[info.model]:
+            if info.state is not WorkerState.READY:
                 server.engine.clear_cache()
-                if self._queued[info.model]:
+                if self._queued[info.model] and not self._ready[info.model]:
                     self._starved.setdefault(info.model, self._agenda.now)
-            elif info.state is not WorkerState.READY:
-                server.engine.clear_cache()
         if "kv_limit_bytes" in changes and not server.shrinking:
             blocks = info.kv_limit_bytes // server.place.block_bytes
             server.engine.set_blocks(blocks, self._agenda.now)

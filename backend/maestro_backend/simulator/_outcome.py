@@ -13,14 +13,10 @@ from ._workload import SimRun
 
 @dataclass(slots=True)
 class RunOutcome:
-    """One run that was measured. Seconds; `finish` on the simulation's clock, nan if it did not.
-
-    `wait_s` is the longest that one of its calls was queued.
-    """
+    """One run that was measured. `finish`: seconds on the simulation's clock, nan if it did not."""
 
     run: SimRun
     finish: float = nan
-    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,6 @@ class Outcome:
     calls_arrived: int = 0
     calls_ended: int = 0
     calls_rejected: int = 0
-    runs_ended: int = 0
     work_s: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -86,6 +81,5 @@ class Outcome:
     lead_calls: int = 0
     max_wait_s: float = 0.0
     queue_wait_s: float = 0.0
-    events: int = 0
     memory: list[MemorySample] = field(default_factory=list)
     spans: list[CallSpan] = field(default_factory=list)

@@ -162,7 +162,6 @@ class _Simulation:
         """Let the scheduler handle the event, and carry out what it answers."""
         now = self._agenda.now
         commands = self.scheduler.handle(event, now)
-        self.outcome.events += 1
         if self._validate:
             self.scheduler.validate()
         if self._on_step is not None:
@@ -203,8 +202,6 @@ class _Simulation:
         if not call.tries:
             outcome.queue_wait_s += waited_s
             outcome.max_wait_s = max(outcome.max_wait_s, waited_s)
-            if (run := call.run.outcome) is not None and waited_s > run.wait_s:
-                run.wait_s = waited_s
         self.nodes.queued(call.spec.model, -1)
         call.tries += 1
         call.worker = command.worker

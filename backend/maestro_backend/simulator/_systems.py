@@ -115,7 +115,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lru": ("weights on demand, least recently used out", {"weights": "lru"}),
     "prefetch-all": ("weights of every forecast call are brought in", {"weights": "prefetch-all"}),
     "belady": (
-        "weights by the true future: a bound, no rival",
+        "weights by the true future, which nobody knows: not ranked",
         {"weights": "belady", "future": "true", "ranked": False},
     ),
     "static": ("one model per device, never moved", {"weights": "static"}),

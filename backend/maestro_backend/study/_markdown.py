@@ -44,7 +44,8 @@ def _lines(entries: Sequence[Entry]) -> Iterator[str]:
         yield ""
     yield (
         "Means over seeds, with half of the 95 % interval (Student's t). "
-        f"`- {REFERENCE}`: difference of attainment, paired by seed. A bound knows what nobody can."
+        f"`- {REFERENCE}`: difference of attainment, paired by seed. "
+        "`bound`: knows what nobody can, and need not be the best."
     )
 
 

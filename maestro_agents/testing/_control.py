@@ -26,7 +26,6 @@ class Control:
         self._lease = lease
         self._turn = asyncio.Lock()
         self._failures = engine.settings.fail_resume
-        self._kv_away = False
         self.routes: Mapping[tuple[str, str], Handler] = {
             ("GET", "/maestro/worker"): self._worker,
             ("GET", "/maestro/progress"): self._progress,
@@ -57,11 +56,8 @@ class Control:
     def _kv(self) -> dict[str, Any]:
         kv, block = self._engine.kv, self._block_bytes
         names = ("built", "floor", "limit", "held", "used", "cached", "pinned")
-        sizes = {n: getattr(kv, n) for n in names}
-        if self._kv_away:
-            sizes["held"] = 0
         groups = [{"block_tokens": self._engine.settings.block_size, "most_blocks": kv.floor}]
-        told = {f"{n}_bytes": size * block for n, size in sizes.items()}
+        told = {f"{n}_bytes": getattr(kv, n) * block for n in names}
         return {"block_bytes": block, "groups": groups, **told}
 
     @property
@@ -90,6 +86,8 @@ class Control:
         async with self._turn:
             began = loop.time()
             freed = 0
+            if body.get("kv_limit_bytes") is not None:
+                self._set_limit(body["kv_limit_bytes"])
             if wanted != self._engine.weights.residency:
                 freed = await self._move(wanted, body.get("host_budget_bytes"))
             seconds = loop.time() - began
@@ -110,20 +108,15 @@ class Control:
                 self._failures -= 1
                 raise RefusedError(409, "planned failure of a resume")
             freed = weights.bring(wanted)
-            self._kv_away = not resumes and (self._kv_away or self._kv_may_leave())
+            if resumes:
+                engine.kv.back()
+            else:
+                engine.kv.leave(whole=not engine.settings.elastic)
             return freed
         finally:
             engine.moving = False
             if weights.residency == "device":
                 engine.resident.set()
-
-    def _kv_may_leave(self) -> bool:
-        """A cache of one size leaves as a whole, and only while nothing is held in it."""
-        kv = self._engine.kv
-        if self._engine.settings.elastic or kv.used or kv.pinned:
-            return False
-        kv.forget()
-        return True
 
     async def _drop_copy(self, body: Body) -> Body:
         async with self._turn:
@@ -133,10 +126,13 @@ class Control:
         return {}
 
     async def _limit_kv(self, body: Body) -> Body:
+        self._set_limit(body["limit_bytes"])
+        return {"kv": self._kv()}
+
+    def _set_limit(self, limit_bytes: Any) -> None:
         if not self._engine.settings.elastic:
             raise RefusedError(422, "the KV cache of this engine has one size")
-        self._engine.kv.set_limit(int(body["limit_bytes"]) // self._block_bytes)
-        return {"kv": self._kv()}
+        self._engine.kv.set_limit(int(limit_bytes) // self._block_bytes)
 
     async def _keep(self, body: Body) -> Body:
         kept = self._engine.kv.keep(str(body["call"]), float(body["seconds"]))

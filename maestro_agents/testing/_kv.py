@@ -25,13 +25,15 @@ class KvCache:
     """Counts blocks; nothing is stored. All limits and sizes are in blocks.
 
     A running call is promised all that it will need, so that none waits half-way. The blocks of an
-    ended call stay cached until others need the room, or for as long as they are kept.
+    ended call stay cached until others need the room, or for as long as they are kept. While the
+    weights are `away` only running calls and kept prefixes hold some.
     """
 
     def __init__(self, built: int, block_tokens: int, max_model_len: int) -> None:
         self.built = self.limit = built
         self.floor = min(built, -(-max_model_len // block_tokens))
         self.live: list[LiveCall] = []
+        self.away = False
         self._block_tokens = block_tokens
         self._promised = 0
         self._cached: dict[str, int] = {}
@@ -52,7 +54,10 @@ class KvCache:
 
     @property
     def held(self) -> int:
-        """What may be filled now: more than the limit while a shrink waits for calls."""
+        """What may be filled now: more than the limit while a shrink waits for calls, and what
+        they and kept prefixes take while the weights are away."""
+        if self.away:
+            return self._promised + self.pinned
         return max(self.limit, self._promised + self.pinned)
 
     def blocks(self, tokens: int) -> int:
@@ -66,6 +71,17 @@ class KvCache:
                 422, f"a KV limit of {limit} blocks is not within {self.floor} and {self.built}"
             )
         self.limit = limit
+        self._settle()
+
+    def leave(self, *, whole: bool) -> None:
+        """The weights have left, and what nothing is held in goes with them: of a cache of one size
+        the `whole` or nothing."""
+        self.away = self.away or not (whole and (self._promised or self.pinned))
+        self._settle()
+
+    def back(self) -> None:
+        """The weights are back, and the limit is in force again."""
+        self.away = False
         self._settle()
 
     @contextmanager
@@ -82,8 +98,8 @@ class KvCache:
             self._settle()
 
     async def admit(self, call: LiveCall) -> None:
-        """Wait until the limit has room for the whole call."""
-        while self._promised and self._promised + self._need(call) > self.limit - self.pinned:
+        """Wait until the weights are there, and the limit has room for the whole call."""
+        while self.away or self._is_full(call):
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
             await turn
@@ -104,11 +120,6 @@ class KvCache:
         self._expiry[call] = loop.call_later(seconds, self.drop, call)
         return more
 
-    def forget(self) -> None:
-        """What ended calls have left is gone."""
-        self._cached.clear()
-        self.cached = 0
-
     def drop(self, call: str) -> None:
         """Keep it no longer."""
         if (timer := self._expiry.pop(call, None)) is not None:
@@ -122,11 +133,16 @@ class KvCache:
     def _need(self, call: LiveCall) -> int:
         return self.blocks(call.longest)
 
+    def _is_full(self, call: LiveCall) -> bool:
+        promised = self._promised
+        return bool(promised) and promised + self._need(call) > self.limit - self.pinned
+
     def _settle(self) -> None:
         """Evict the oldest that nobody keeps, and let those who wait look again."""
         unkept = (call for call in self._cached if call not in self._expiry)
         evicted = []
-        while self._promised + self.cached > self.limit and (call := next(unkept, "")):
+        room = 0 if self.away else self.limit - self._promised
+        while self.cached > room and (call := next(unkept, "")):
             evicted.append(call)
             self.cached -= self._cached[call]
         for call in evicted:

@@ -156,6 +156,22 @@ def test_a_shrink_that_waits_has_kept_prefixes_at_last(
     assert kv.blocks.kept == {} and kv.waits(), "requests hold the rest"
 
 
+def test_kept_prefixes_stay_while_the_weights_are_away(
+    kv: _kv.KvCache, whole: Whole, pool: ElasticPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the way back they leave a longest request its room again."""
+    keep(kv, "late", range(10, 20), 1e12)
+    keep(kv, "soon", range(20, 30), 1e11)
+    monkeypatch.setattr(whole, "trim", lambda: setattr(whole, "away", True))
+    whole.waits_for = 5
+    kv.trim()
+    kv.set_limit((FLOOR + 10) * BLOCK)
+    kv.settle()
+    assert sorted(kv.blocks.kept) == ["late", "soon"]
+    kv.restored()
+    assert sorted(kv.blocks.kept) == ["late"]
+
+
 class Tensor:
     """As much of one as is looked at."""
 

@@ -345,6 +345,44 @@ def test_reserved_pages_go_back_before_a_suspend(engine: Engine) -> None:
     assert kv.settle().mapped_bytes == BUNDLE
 
 
+def test_only_what_is_in_use_is_held_while_the_weights_are_away(engine: Engine) -> None:
+    kv = connect(engine)
+    engine.pools[0].defer = True
+    kv.set_limit(12 * BUNDLE)
+    engine.block_pool.use(range(2 * BLOCKS_PER_PAGE))
+    engine.block_pool.use(range(2 * BLOCKS_PER_PAGE, 5 * BLOCKS_PER_PAGE), cached=True)
+    engine.pools[0].reserved = 2
+    kv.trim()
+    assert kv.settle() == KvState("applied", 12 * BUNDLE, 2 * BUNDLE, 2 * BUNDLE)
+    engine.pools[0].free(set(range(BLOCKS_PER_PAGE)))
+    assert kv.settle().held_bytes == kv.held_bytes() == BUNDLE
+    kv.restored()
+    assert kv.settle() == KvState("applied", 12 * BUNDLE, 12 * BUNDLE, BUNDLE)
+
+
+def test_a_limit_set_while_the_weights_are_away_comes_with_them(engine: Engine) -> None:
+    kv = connect(engine)
+    engine.block_pool.use(range(4 * BLOCKS_PER_PAGE))
+    kv.trim()
+    assert kv.set_limit(9 * BUNDLE).held_bytes == 4 * BUNDLE
+    kv.restored()
+    assert kv.held_bytes() == 9 * BUNDLE
+    kv.trim()
+    assert kv.set_limit(2 * BUNDLE).held_bytes == 4 * BUNDLE
+    kv.restored()
+    assert kv.settle() == KvState("deferred", 2 * BUNDLE, 4 * BUNDLE, 4 * BUNDLE)
+
+
+def test_memory_that_cannot_be_given_back_is_still_the_limit(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = connect(engine)
+    monkeypatch.setattr(Pool, "trim", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        kv.trim()
+    assert kv.held_bytes() == 16 * BUNDLE
+
+
 # --- one size -----------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from node.leases import check_the_books, kill_agent, leased, records
+from node.leases import ask, check_the_books, kill_agent, leased, records
 from node.nodes import MakeConfig, family, survivors, wait_for, worker_of
 
 from maestro_agents.protocol import BackendError, ConfigError
@@ -74,23 +74,50 @@ async def test_calls_that_run_go_on_without_an_agent(stub_config: MakeConfig) ->
 async def test_suspended_workers_are_adopted(stub_config: MakeConfig, residency: Residency) -> None:
     async with leased(stub_config(a={"engine_args": WEIGHTS})) as node:
         floor = (await worker_of(node, "a")).kv_floor_bytes
-        await node.set_residency("a", residency, floor)
+        await node.set_residency("a", residency, 2 * floor)
         before = await worker_of(node, "a")
         kill_agent(node)
         await node.join()
         after = await worker_of(node, "a")
         assert (after.state, after.residency, after.pid) == (SUSPENDED, residency, before.pid)
-        assert after.kv_limit_bytes == floor
+        assert before.kv_limit_bytes == after.kv_limit_bytes == 0
         await check_the_books(node)
         await node.set_residency("a", DEVICE)
-        assert (await worker_of(node, "a")).state is READY
+        back = await worker_of(node, "a")
+        assert (back.state, back.kv_limit_bytes) == (READY, 2 * floor)
+        await check_the_books(node)
+
+
+async def test_a_suspended_worker_is_adopted_with_what_is_held_in_it(
+    stub_config: MakeConfig,
+) -> None:
+    slow = {**WEIGHTS, "decode_tokens_s": 20, "output_tokens": 40}
+    async with leased(stub_config(a={"engine_args": slow})) as node:
+        await node.set_residency("a", DEVICE)
+        worker = await worker_of(node, "a")
+        transport = httpx.AsyncHTTPTransport(uds=worker.address)
+        async with httpx.AsyncClient(transport=transport, base_url="http://w", timeout=60) as http:
+            body = {"messages": [{"role": "user", "content": "x" * 3000}]}
+            call = asyncio.create_task(http.post("/v1/chat/completions", json=body))
+            while not (await ask(worker))["kv"]["used_bytes"]:
+                assert not call.done()
+            await node.set_residency("a", HOST)
+            before = await worker_of(node, "a")
+            kill_agent(node)
+            await node.join()
+            after = await worker_of(node, "a")
+            assert 0 < after.kv_limit_bytes == before.kv_limit_bytes < worker.kv_limit_bytes
+            await check_the_books(node)
+            await node.set_residency("a", DEVICE)
+            assert (await worker_of(node, "a")).kv_limit_bytes == worker.kv_limit_bytes
+            assert (await call).json()["usage"]["completion_tokens"] == 40
 
 
 async def test_workers_that_are_slow_to_answer_take_no_room_from_others(
     stub_config: MakeConfig,
 ) -> None:
-    """The room is for the weights of one of three, and the rest of them all."""
-    config = stub_config(memory="440MiB", **{name: {"engine_args": WEIGHTS} for name in "abc"})
+    """The room is for one of three, and the residuals of them all."""
+    config = stub_config(memory="320MiB", **{name: {"engine_args": WEIGHTS} for name in "abc"})
     async with leased(config) as node:
         for model in config.models:
             await node.set_residency(model, DEVICE)

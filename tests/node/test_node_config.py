@@ -128,8 +128,9 @@ def test_what_is_given_and_not_used_yet_is_told() -> None:
         "tenants": {"research": {"weight": 2}, "default": {"weight": 1}},
         "slo": {"interactive": {"deadline": "5s"}},
     }
-    config = Config.parse({**with_model(), **given})
+    config = Config.parse({**with_model(), **given, "policy": "edf"})
     assert [line.split()[0] for line in config.unused()] == ["tenants.research.weight"]
+    assert Config.parse({**with_model(), **given}).unused() == ()
     assert Config.parse(with_model()).unused() == ()
 
 

@@ -234,10 +234,24 @@ def test_a_refusal_of_the_host_budget_names_who_has_it() -> None:
         assert words in str(raised.value)
 
 
-def test_a_cache_of_one_size_counts_among_what_a_suspend_frees() -> None:
+@pytest.mark.parametrize("elastic", [True, False])
+def test_the_kv_cache_counts_among_what_a_suspend_frees(elastic: bool) -> None:
     everywhere = (Residency.DEVICE, Residency.HOST, Residency.PARKED)
     sizes = {"weights_bytes": GIB, "kv_limit_bytes": 2 * GIB, "tiers": everywhere}
-    for elastic, advised in ((False, True), (True, False)):
-        books = ledger(4 * GIB, 0, worker("a", **sizes, kv_floor_bytes=2 * GIB, elastic=elastic))
-        books.hold("a", CPU, Memory(GIB, 2 * GIB, 0))
-        assert ("suspend a" in refusal(books, Memory(3 * GIB, 0, 0))) is advised
+    books = ledger(4 * GIB, 0, worker("a", **sizes, kv_floor_bytes=2 * GIB, elastic=elastic))
+    books.hold("a", CPU, Memory(GIB, 2 * GIB, 0))
+    assert "suspend a" in refusal(books, Memory(3 * GIB, 0, 0))
+
+
+def test_what_a_suspended_model_holds_cannot_be_shrunk() -> None:
+    """It may be less than the floor, or more: either way it is in use."""
+    for held in (0, GIB // 2, 2 * GIB):
+        sizes = {"elastic": True, "kv_floor_bytes": GIB, "kv_limit_bytes": held}
+        aside = worker("aside", state=WorkerState.SUSPENDED, residency=Residency.HOST, **sizes)
+        here = worker("here", **{**sizes, "kv_limit_bytes": 2 * GIB})
+        books = ledger(4 * GIB, 0, aside, here)
+        books.hold("aside", CPU, Memory(0, held, 0))
+        books.hold("here", CPU, Memory(0, 2 * GIB, 0))
+        free = 2 * GIB - held
+        assert "shrink the KV limit of here;" in refusal(books, Memory(free + GIB, 0, 0))
+        assert "shrink" not in refusal(books, Memory(free + GIB + 1, 0, 0))

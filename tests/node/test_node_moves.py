@@ -37,7 +37,7 @@ async def claims(node: LocalNode) -> dict[str, int]:
 
 async def test_weights_go_round_all_tiers(stub_config: MakeConfig) -> None:
     async with LocalNode(stub_config(a=model(100))) as node:
-        on_device, put_aside = 100 + 32 + 64, 32 + 64
+        on_device, put_aside = 100 + 32 + 64, 64
         for residency, held, host in (
             (DEVICE, on_device, 0),
             (HOST, put_aside, 100),
@@ -68,7 +68,7 @@ async def test_a_resume_is_refused_before_it_begins(stub_config: MakeConfig) -> 
         assert (await worker_of(node, "a")).state is WorkerState.SUSPENDED
         await node.set_residency("b", PARKED)
         await node.set_residency("a", DEVICE)
-        assert await claims(node) == {"a": 150 + 96, "b": 96}
+        assert await claims(node) == {"a": 150 + 96, "b": 64}
 
 
 async def test_kv_limits_move_within_the_account(stub_config: MakeConfig) -> None:
@@ -93,7 +93,11 @@ async def test_a_move_brings_its_kv_limit(stub_config: MakeConfig) -> None:
         for residency, limit in ((DEVICE, 2 * floor), (HOST, floor), (DEVICE, 3 * floor)):
             await node.set_residency("a", residency, limit)
             worker = await worker_of(node, "a")
-            assert (worker.residency, worker.kv_limit_bytes) == (residency, limit)
+            held = limit if residency is DEVICE else 0
+            assert (worker.residency, worker.kv_limit_bytes) == (residency, held)
+        await node.set_residency("a", HOST, floor)
+        await node.set_residency("a", DEVICE)
+        assert (await worker_of(node, "a")).kv_limit_bytes == floor
 
 
 async def test_the_host_budget_is_told_and_kept(stub_config: MakeConfig) -> None:

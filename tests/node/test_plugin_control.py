@@ -25,9 +25,8 @@ class Engine:
         self.engine_core = self
 
     async def call_utility_async(self, method: str, *arguments: Any) -> Any:
-        self._do(method)
         self.arguments[method] = arguments
-        return dict(KV)
+        return self._do(method) or dict(KV)
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         if method == "maestro_memory":
@@ -60,6 +59,29 @@ async def test_the_cache_leaves_after_the_weights_and_calls_go_on_after_it_is_ba
     engine.done.clear()
     assert (await control.move("device", None))["residency"] == "device"
     assert engine.done[:3] == ["maestro_resume", "maestro_restored", "go on"]
+
+
+async def test_a_limit_is_in_force_before_calls_go_on() -> None:
+    engine = Engine()
+    control = Control(engine)
+    await control.move("host", None)
+    engine.done.clear()
+    await control.move("device", None, 6)
+    limited = ["maestro_limit_kv", "maestro_resume", "maestro_restored", "go on"]
+    assert engine.done[:4] == limited
+    assert engine.arguments["maestro_limit_kv"] == (6,)
+
+
+async def test_a_resume_with_an_impossible_limit_moves_nothing() -> None:
+    engine = Engine()
+    control = Control(engine)
+    await control.move("host", None)
+    engine.done.clear()
+    engine.fails["maestro_limit_kv"] = {"error": "more than was built", "status": 422}
+    with pytest.raises(RefusedError, match="more than was built"):
+        await control.move("device", None, 99)
+    assert engine.done == ["maestro_limit_kv"]
+    assert (await control.state())["residency"] == "host"
 
 
 @pytest.mark.parametrize("tier", ["host", "parked"])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -23,10 +27,11 @@ from node.homes import (
     kill,
 )
 
-from maestro_agents.protocol import UnsupportedError
+from maestro_agents.protocol import BackendError, UnsupportedError
 from maestro_backend.node._ledger import Ledger
 from maestro_backend.scheduler import DeviceInfo, WorkerState
 from maestro_backend.workers import DoesNotFitError, Memory
+from maestro_backend.workers._control import Control, WorkerStatus
 
 # --- the KV limit ---------------------------------------------------------------------------------
 
@@ -74,15 +79,169 @@ async def test_the_kv_limit_moves_with_the_weights(home: Home) -> None:
     home.ledger = Ledger([DeviceInfo("cpu", WEIGHTS + 4 * MIB + RESIDUAL)], WEIGHTS)
     worker = home.worker()
     await worker.bring(DEVICE, 4 * MIB)
-    await worker.bring(HOST, MIB)
-    assert home.held()[0] == MIB + RESIDUAL
-    await worker.set_kv_limit(2 * MIB)
-    assert home.held()[0] == 2 * MIB + RESIDUAL
+    await worker.bring(HOST)
+    assert (worker.info.kv_limit_bytes, home.held()[0]) == (0, RESIDUAL)
     await failure(worker.bring(DEVICE, 5 * MIB), DoesNotFitError)
-    assert (worker.info.residency, home.held()[0]) == (HOST, 2 * MIB + RESIDUAL)
+    assert (worker.info.residency, worker.info.kv_limit_bytes) == (HOST, 0)
+    assert home.held()[0] == RESIDUAL
     await worker.bring(DEVICE, 3 * MIB)
     assert home.held()[0] == WEIGHTS + 3 * MIB + RESIDUAL
     assert (await control(worker))["kv"]["limit_bytes"] == 3 * MIB
+
+
+async def test_a_resume_without_a_limit_brings_the_last_one(home: Home) -> None:
+    worker = home.worker()
+    await worker.bring(DEVICE, 3 * MIB)
+    for tier, given, then in ((HOST, None, 3), (PARKED, 2, 2), (HOST, None, 2)):
+        await worker.bring(tier, given and given * MIB)
+        assert (worker.info.kv_limit_bytes, home.held()[0]) == (0, RESIDUAL)
+        await worker.bring(DEVICE)
+        assert worker.info.kv_limit_bytes == then * MIB
+        assert home.held()[0] == WEIGHTS + then * MIB + RESIDUAL
+        assert (await control(worker))["kv"]["limit_bytes"] == then * MIB
+    await worker.bring(HOST)
+    home.ledger.hold("other", "cpu", Memory(home.ledger.free_bytes("cpu"), 0, 0))
+    assert await worker.set_kv_limit(5 * MIB) == 0, "it needs no room yet"
+    assert (worker.info.kv_limit_bytes, home.held()[0]) == (0, RESIDUAL)
+    home.ledger.release("other")
+    await worker.bring(DEVICE)
+    assert worker.info.kv_limit_bytes == 5 * MIB
+
+
+async def test_a_resume_that_fails_holds_nothing(home: Home) -> None:
+    worker = home.worker(engine_args={"fail_resume": 1})
+    await worker.bring(HOST)
+    await failure(worker.bring(DEVICE, 2 * MIB))
+    assert (worker.info.state, worker.info.kv_limit_bytes) == (WorkerState.SUSPENDED, 0)
+    assert home.held() == (RESIDUAL, WEIGHTS)
+    await worker.bring(DEVICE, 4 * MIB)
+    assert home.held()[0] == WEIGHTS + 4 * MIB + RESIDUAL
+
+
+async def test_a_call_that_is_paused_keeps_its_bytes(home: Home) -> None:
+    """When its client goes, they are given back, though nobody moves the worker."""
+    worker = home.worker(engine_args={"decode_tokens_s": 20, "output_tokens": 40})
+    await worker.bring(DEVICE)
+    calls = [asyncio.create_task(chat(worker, "x" * 2000, f"c{i}")) for i in range(2)]
+    while (await control(worker))["kv"]["used_bytes"] < 2 * 500 * 1024:
+        assert not any(call.done() for call in calls)
+    await worker.bring(HOST)
+    kept = worker.info.kv_limit_bytes
+    assert 2 * 500 * 1024 <= (await control(worker))["kv"]["used_bytes"] <= kept < KV
+    assert home.held()[0] == kept + RESIDUAL
+    calls[0].cancel()
+    await home.changed(lambda: worker.info.kv_limit_bytes < kept)
+    assert worker.info.kv_limit_bytes == kept // 2
+    assert home.held()[0] == kept // 2 + RESIDUAL
+    await worker.bring(DEVICE, MIB)
+    assert home.held()[0] == WEIGHTS + MIB + RESIDUAL
+    assert (await calls[1]).json()["usage"]["completion_tokens"] == 40
+
+
+async def test_what_a_paused_call_holds_beyond_the_limit_of_its_resume(home: Home) -> None:
+    worker = home.worker(engine_args={"decode_tokens_s": 20, "output_tokens": 40})
+    await worker.bring(DEVICE)
+    calls = [asyncio.create_task(chat(worker, "x" * 3600, f"c{i}")) for i in range(2)]
+    while (await control(worker))["kv"]["used_bytes"] < 2 * 900 * 1024:
+        assert not any(call.done() for call in calls)
+    await worker.bring(PARKED)
+    held = worker.info.kv_limit_bytes
+    assert held > MIB
+    await worker.bring(DEVICE, MIB)
+    assert worker.info.kv_limit_bytes == held
+    [claimed] = {i.kv_limit_bytes for i in home.told if i.state is WorkerState.RESUMING}
+    assert claimed == held, "before it began"
+    assert home.held()[0] == WEIGHTS + worker.info.kv_limit_bytes + RESIDUAL
+    await asyncio.gather(*calls)
+    await home.changed(lambda: worker.info.kv_limit_bytes == MIB)
+
+
+async def test_kept_prefixes_are_what_a_suspended_worker_holds(home: Home) -> None:
+    worker = home.worker()
+    await worker.bring(DEVICE)
+    sizes = {}
+    for call, seconds in (("dropped", 60), ("soon over", 1.5), ("stays", 60)):
+        await chat(worker, "x" * 800, call)
+        sizes[call] = await worker.keep_prefix(call, seconds)
+    await chat(worker, "y" * 800, "cached")
+    await worker.bring(HOST)
+    assert worker.info.kv_limit_bytes == sum(sizes.values())
+    assert home.held()[0] == worker.info.kv_limit_bytes + RESIDUAL
+    await worker.drop_prefix("dropped")
+    assert home.held()[0] == worker.info.kv_limit_bytes + RESIDUAL
+    assert worker.info.kv_limit_bytes <= sizes["soon over"] + sizes["stays"]
+    await home.changed(lambda: worker.info.kv_limit_bytes == sizes["stays"])
+    assert home.held()[0] == sizes["stays"] + RESIDUAL
+    await worker.bring(DEVICE, 2 * MIB)
+    assert home.held()[0] == WEIGHTS + 2 * MIB + RESIDUAL
+    assert (await control(worker))["kv"]["pinned_bytes"] == sizes["stays"]
+    assert "nothing is cached" in await failure(worker.keep_prefix("cached", 60))
+
+
+async def test_a_cache_that_was_not_given_back_is_told(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shrink after the suspend has failed: the worker is suspended, with all that it holds."""
+    worker = home.worker()
+    await worker.bring(DEVICE, 5 * MIB)
+    move, status = Control.move, Control.status
+
+    def holding(told: WorkerStatus | None) -> WorkerStatus:
+        assert told is not None
+        return dataclasses.replace(told, kv_held=told.kv_limit)
+
+    async def move_only(self: Control, *arguments: Any) -> WorkerStatus:
+        return holding(await move(self, *arguments))
+
+    async def told(self: Control) -> WorkerStatus:
+        return holding(await status(self))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Control, "move", move_only)
+        broken.setattr(Control, "status", told)
+        await worker.bring(HOST)
+        assert (worker.info.state, worker.info.kv_limit_bytes) == (WorkerState.SUSPENDED, 5 * MIB)
+        assert home.held() == (5 * MIB + RESIDUAL, WEIGHTS)
+    await home.changed(lambda: worker.info.kv_limit_bytes == 0)  # it has been, meanwhile
+    assert home.held()[0] == RESIDUAL
+    await worker.bring(DEVICE)
+    assert worker.info.kv_limit_bytes == 5 * MIB
+
+
+async def test_the_books_are_true_whatever_is_asked(home: Home) -> None:
+    """Two workers on a device with room for one and a half, in an order that nobody planned."""
+    room = WEIGHTS + KV + 2 * RESIDUAL + WEIGHTS // 2
+    home.ledger = Ledger([DeviceInfo("cpu", room)], WEIGHTS + MIB)
+    workers = {name: home.worker(name) for name in "ab"}
+    chance, refused = random.Random(7), 0
+    for step in range(60):
+        name = chance.choice("ab")
+        worker, limit = workers[name], chance.choice([None, 1, 2, 5, 8])
+        work: list[Callable[[], Awaitable[Any]]] = [
+            lambda w=worker, n=limit: w.bring(DEVICE, n and n * MIB),
+            lambda w=worker: w.bring(HOST),
+            lambda w=worker: w.bring(PARKED),
+            lambda w=worker, n=limit: w.set_kv_limit((n or 3) * MIB),
+            lambda w=worker, c=f"{step - 1}": w.keep_prefix(c, 60),
+            lambda w=worker, c=f"{step - 2}": w.drop_prefix(c),
+        ]
+        if worker.info.state is WorkerState.READY:
+            await chat(worker, "x" * chance.choice([400, 1600]), f"{step}")
+        try:
+            await chance.choice(work)()
+        except BackendError:
+            refused += 1
+        assert home.ledger.free_bytes("cpu") >= 0
+        for told in workers.values():
+            if told.info.pid is None:
+                continue
+            kv = (await control(told))["kv"]
+            away = told.info.state is WorkerState.SUSPENDED
+            assert told.info.kv_limit_bytes == kv["held_bytes"] >= 0
+            assert kv["held_bytes"] == kv["pinned_bytes"] if away else kv["held_bytes"] >= MIB
+            weights = 0 if away else WEIGHTS
+            assert home.held(told.info.model)[0] == weights + kv["held_bytes"] + RESIDUAL
+    assert 5 < refused < 50
 
 
 @pytest.mark.parametrize("limit", [MIB - 1, KV + 1])

@@ -69,10 +69,11 @@ async def test_adoption_takes_over_without_a_reload(home: Home, tier: Residency)
         worker = home.worker(tied=False)
         assert await worker.adopt(record)
         assert (worker.info.pid, worker.info.residency) == (record.pid, tier)
-        on_device = WEIGHTS if tier is DEVICE else 0
+        kv_bytes = KV if tier is DEVICE else 0
+        on_device = WEIGHTS + kv_bytes if tier is DEVICE else 0
         copy = WEIGHTS if tier is HOST else 0
-        assert home.held() == (on_device + KV + RESIDUAL, copy)
-        assert worker.info.kv_limit_bytes == KV
+        assert home.held() == (on_device + RESIDUAL, copy)
+        assert worker.info.kv_limit_bytes == kv_bytes
         await worker.bring(DEVICE)
         assert (await chat(worker)).status_code == 200
         assert worker.info.pid == record.pid

@@ -40,11 +40,10 @@ async def test_every_move_claims_and_tells_what_is_true(home: Home) -> None:
     worker = home.worker()
     await worker.bring(DEVICE)
     pid = worker.info.pid
-    rest = KV + RESIDUAL
     after = {
-        DEVICE: (WorkerState.READY, WEIGHTS + rest),
-        HOST: (WorkerState.SUSPENDED, rest),
-        PARKED: (WorkerState.SUSPENDED, rest),
+        DEVICE: (WorkerState.READY, WEIGHTS + KV + RESIDUAL),
+        HOST: (WorkerState.SUSPENDED, RESIDUAL),
+        PARKED: (WorkerState.SUSPENDED, RESIDUAL),
     }
     copies = 0
     for tier in (HOST, DEVICE, HOST, PARKED, HOST, DEVICE, PARKED, DEVICE, PARKED, HOST):
@@ -100,7 +99,7 @@ async def test_from_the_disk_to_a_tier_without_being_ready(home: Home, tier: Res
     await worker.bring(tier)
     states = {info.state for info in home.told}
     assert states == {WorkerState.STARTING, WorkerState.SUSPENDING, WorkerState.SUSPENDED}
-    assert (worker.info.residency, home.held()[0]) == (tier, KV + RESIDUAL)
+    assert (worker.info.residency, home.held()[0]) == (tier, RESIDUAL)
     await worker.bring(DEVICE)
     assert (await chat(worker)).status_code == 200
 
@@ -118,7 +117,7 @@ async def test_orders_are_done_one_after_the_other(home: Home) -> None:
 
 
 async def test_what_is_freed_holds_another_model(home: Home) -> None:
-    home.ledger = Ledger([DeviceInfo("cpu", 2 * (KV + RESIDUAL) + WEIGHTS)], WEIGHTS)
+    home.ledger = Ledger([DeviceInfo("cpu", WEIGHTS + KV + 2 * RESIDUAL)], WEIGHTS)
     first, second = home.worker("a"), home.worker("b")
     await first.bring(DEVICE)
     await failure(second.bring(DEVICE), DoesNotFitError)
@@ -127,7 +126,7 @@ async def test_what_is_freed_holds_another_model(home: Home) -> None:
     told = await failure(first.bring(DEVICE), DoesNotFitError)
     assert (first.info.state, first.info.residency) == (WorkerState.SUSPENDED, HOST)
     assert first.info.detail == told
-    assert home.held("a") == (KV + RESIDUAL, WEIGHTS)
+    assert home.held("a") == (RESIDUAL, WEIGHTS)
     await second.bring(PARKED)
     await first.bring(DEVICE)
     assert first.info.detail == ""
@@ -146,7 +145,7 @@ async def test_a_copy_needs_host_budget_and_survives_the_resume(home: Home) -> N
     await first.drop_host_copy()
     assert (first.info.host_bytes, home.held("a")[1]) == (0, 0)
     await second.bring(HOST)
-    assert home.held("b") == (KV + RESIDUAL, WEIGHTS)
+    assert home.held("b") == (RESIDUAL, WEIGHTS)
     assert "parked" in await failure(second.drop_host_copy())
 
 
@@ -239,7 +238,7 @@ async def test_killed_on_the_way_from_the_device_or_beyond(
     move = asyncio.create_task(worker.bring(end))
     told = len(home.told)
     await home.changed(lambda: len(home.told) > told)
-    assert home.held()[0] >= KV + RESIDUAL
+    assert home.held()[0] >= RESIDUAL + (WEIGHTS + KV if start is DEVICE else 0)
     kill(worker)
     assert "signal 9" in await failure(move)
     await died_suspended(home, worker)

@@ -198,6 +198,42 @@ def test_a_shrink_evicts_what_is_cached_and_waits_for_what_runs() -> None:
         assert (kv["limit"], kv["held"], kv["cached"]) == (10, 16, 0)
 
 
+def test_only_calls_and_kept_prefixes_hold_kv_while_the_weights_are_away() -> None:
+    with stub(*SMALL, "--output-tokens", "1") as engine:
+        for call in ("kept", "cached"):
+            engine.chat(call, "x" * 500)
+        engine.post("prefix/keep", call="kept", seconds=600)
+        engine.http.post("/stub/fault", json={"kind": "hang", "after_tokens": 1})
+        engine.begin("holds", "x" * 500)
+        while engine.kv()["used"] < 8:
+            pass
+        engine.move("parked")
+        kv = engine.kv()
+        assert (kv["limit"], kv["held"], kv["used"]) == (100, 8 + 8, 8)
+        assert (kv["pinned"], kv["cached"]) == (8, 8)
+        late = engine.begin("late", "x" * 500)
+        assert engine.kv()["held"] == 16
+        engine.post("prefix/drop", call="kept")
+        assert engine.kv()["held"] == 8
+        told = engine.post("residency", residency="device", kv_limit_bytes=20 * BLOCK).json()["kv"]
+        assert (told["limit_bytes"], told["held_bytes"]) == (20 * BLOCK, 20 * BLOCK)
+        assert late.result().status_code == 200
+
+
+def test_a_limit_comes_back_with_the_weights() -> None:
+    with stub(*SMALL) as engine:
+        engine.move("host")
+        assert engine.kv()["held"] == 0
+        assert engine.post("kv", limit_bytes=9 * BLOCK).status_code == 422
+        told = engine.post("kv", limit_bytes=30 * BLOCK).json()["kv"]
+        assert (told["limit_bytes"], told["held_bytes"]) == (30 * BLOCK, 0)
+        engine.move("parked")
+        wrong = engine.post("residency", residency="device", kv_limit_bytes=101 * BLOCK)
+        assert (wrong.status_code, engine.worker()["residency"]) == (422, "parked")
+        engine.move("device")
+        assert (engine.kv()["limit"], engine.kv()["held"]) == (30, 30)
+
+
 def test_a_full_cache_makes_calls_wait() -> None:
     with stub(*SMALL, "--output-tokens", "1") as engine:
         engine.post("kv", limit_bytes=10 * BLOCK)

@@ -85,7 +85,28 @@ class Machine(RuleBasedStateMachine):
     def set_limit(self, limit: int) -> None:
         in_use = {b.block_id for blocks in self.live.values() for b in blocks}
         assert not in_use & set(self.blocks.set_limit(limit))
-        assert self.blocks.held <= max(limit, len(in_use) + 1)
+        if not self.blocks.away:
+            assert self.blocks.held <= max(limit, len(in_use) + 1)
+
+    @rule()
+    def leave(self) -> None:
+        """The weights leave; what is in use or kept stays."""
+        mine = self._used()
+        taken = set(self.blocks.leave())
+        assert not mine & taken
+        assert (0 in taken) <= (not mine)
+        assert self._used() == mine
+
+    @rule()
+    def back(self) -> None:
+        in_use = {b.block_id for blocks in self.live.values() for b in blocks}
+        self.blocks.back()
+        assert self.blocks.limit <= self.blocks.held <= max(self.blocks.limit, len(in_use) + 1)
+        assert self.blocks.limit - self.blocks.pinned >= FLOOR
+
+    def _used(self) -> set[int]:
+        used = {b.block_id for blocks in self.live.values() for b in blocks}
+        return used | {b.block_id for kept in self.blocks.kept.values() for b in kept.blocks}
 
     @rule(limit=st.integers(0, FLOOR - 1))
     def refuse(self, limit: int) -> None:
@@ -99,7 +120,10 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         self.blocks.enforce()
-        assert self.blocks.limit - self.blocks.pinned >= FLOOR
+        if self.blocks.away:
+            assert self.blocks.held == len(self._used()) + 1
+        else:
+            assert self.blocks.limit - self.blocks.pinned >= FLOOR
 
     @precondition(lambda self: self.ended)
     @rule(data=st.data())
@@ -120,9 +144,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        used = {b.block_id for blocks in self.live.values() for b in blocks}
-        used |= {b.block_id for kept in self.blocks.kept.values() for b in kept.blocks}
-        assert self.blocks.free + len(used) + 1 == self.blocks.held
+        assert self.blocks.free + len(self._used()) + 1 == self.blocks.held
         assert self.pool.num_gpu_blocks == self.blocks.held
 
     @invariant()
@@ -140,7 +162,7 @@ class Machine(RuleBasedStateMachine):
             self.pool.free_blocks(reversed(blocks))
         for name in list(self.blocks.kept):
             self.blocks.drop(name)
-        self.blocks.enforce()
+        self.blocks.back()
         assert self.blocks.held == self.blocks.limit
         assert self.pool.reset_prefix_cache()
 

@@ -136,7 +136,9 @@ async def test_priority_decides_who_is_next(vllm_node: LocalNode) -> None:
         await arrived(http, many + 1)
         await vllm_node.set_residency("tiny", Residency.DEVICE)
         await urgent
-        for other in others:  # each decodes for seconds yet: a slow moment of this process is no end
+        for (
+            other
+        ) in others:  # each decodes for seconds yet: a slow moment of this process is no end
             other.cancel()
     assert done == ["urgent"]
 

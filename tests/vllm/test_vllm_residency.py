@@ -41,11 +41,15 @@ async def test_a_round_through_the_tiers(vllm_node: LocalNode) -> None:
         assert (away.state, away.residency) == (WorkerState.SUSPENDED, tier)
         assert away.host_bytes == (away.host_copy_bytes if tier is Residency.HOST else 0)
         assert away.weights_bytes > 600 * MIB  # measured: 513 of parameters, and packed copies
-    await vllm_node.set_residency("smollm2", Residency.DEVICE)
+        assert away.kv_limit_bytes == 0
+        assert (await vllm_node.memory())["workers"]["smollm2"]["kv_bytes"] == 0
+    await vllm_node.set_residency("smollm2", Residency.DEVICE, away.kv_floor_bytes)
     back = await worker_of(vllm_node, "smollm2")
     assert (back.state, back.residency) == (WorkerState.READY, Residency.DEVICE)
+    assert back.kv_limit_bytes == back.kv_floor_bytes
     assert back.activation_s[Residency.HOST] < back.activation_s[Residency.DISK]
     assert await answer(vllm_node, "smollm2") == told
+    await vllm_node.set_kv_limit("smollm2", back.kv_max_bytes)
 
 
 async def test_a_kv_limit_through_the_node(vllm_node: LocalNode) -> None:

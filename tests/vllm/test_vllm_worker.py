@@ -150,14 +150,50 @@ async def test_calls_freeze_and_wait_while_the_weights_are_away(vllm_node: Local
         assert [end["usage"]["completion_tokens"] for end in ends] == [120, 120, 8]
 
 
-async def test_the_prefix_cache_survives_when_only_weights_move(vllm_node: LocalNode) -> None:
+async def test_only_kept_prefixes_survive_when_the_weights_move(vllm_node: LocalNode) -> None:
     async with engine(vllm_node, "smollm2") as http:
-        await ask(http, LONG + "one", 4)
+        await ask(http, LONG + "one", 4, "one")
+        await http.post("/maestro/prefix/keep", json={"call": "one", "seconds": 600})
+        await ask(http, "Another beginning. " + LONG, 4)
         for tier in ("host", "device", "parked", "device"):
             await http.post("/maestro/residency", json={"residency": tier})
         before = await prefix_hits(http)
         await ask(http, LONG + "one", 4)
         assert await prefix_hits(http) - before >= 256
+        before = await prefix_hits(http)
+        await ask(http, "Another beginning. " + LONG, 4)
+        assert await prefix_hits(http) - before < 128
+        await http.post("/maestro/prefix/drop", json={"call": "one"})
+
+
+@pytest.mark.parametrize("tier", ["host", "parked"])
+async def test_kv_memory_leaves_with_the_weights(vllm_node: LocalNode, tier: str) -> None:
+    async with engine(vllm_node, "smollm2") as http:
+        told = await answers(http)
+        await http.post("/maestro/residency", json={"residency": tier})
+        kv = (await state(http))["kv"]
+        assert kv["held_bytes"] == 0
+        assert kv["resident_bytes"] < 1024**2  # pages on the edges, in each layer
+        limit = 2 * kv["floor_bytes"]
+        order = {"residency": "device", "kv_limit_bytes": limit}
+        back = (await http.post("/maestro/residency", json=order)).json()["kv"]
+        assert limit - kv["block_bytes"] < back["held_bytes"] <= limit == back["limit_bytes"]
+        assert await answers(http) == told
+
+
+async def test_a_paused_call_keeps_its_kv(vllm_node: LocalNode) -> None:
+    async with engine(vllm_node, "smollm2") as http:
+        told = await ask(http, PROMPTS[0], 120)
+        begun = asyncio.create_task(ask(http, PROMPTS[0], 120, "paused"))
+        await running(http, 1)
+        await http.post("/maestro/residency", json={"residency": "host"})
+        kv = (await state(http))["kv"]
+        assert kv["used_bytes"] >= kv["block_bytes"]
+        assert kv["held_bytes"] == kv["used_bytes"] + kv["block_bytes"]  # and the null block
+        assert kv["resident_bytes"] <= 1.1 * kv["held_bytes"]  # pages on the edges
+        order = {"residency": "device", "kv_limit_bytes": kv["floor_bytes"]}
+        await http.post("/maestro/residency", json=order)
+        assert await begun == told
 
 
 @pytest.mark.parametrize("harm", ["a tensor of another shape", "no file"])

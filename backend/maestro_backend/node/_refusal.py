@@ -73,7 +73,9 @@ def _enough(verb: str, short: int, workers: list[WorkerInfo], freeing: Freeing) 
 
 
 def _by_shrinking(worker: WorkerInfo) -> int:
-    return worker.kv_limit_bytes - worker.kv_floor_bytes if worker.elastic else 0
+    if worker.state is not WorkerState.READY or not worker.elastic:
+        return 0  # a suspended one holds only what is in use
+    return max(0, worker.kv_limit_bytes - worker.kv_floor_bytes)
 
 
 def _by_suspending(worker: WorkerInfo) -> int:
@@ -81,7 +83,7 @@ def _by_suspending(worker: WorkerInfo) -> int:
         return 0
     if not {Residency.HOST, Residency.PARKED} & set(worker.tiers):
         return 0
-    return worker.weights_bytes + (0 if worker.elastic else worker.kv_limit_bytes)
+    return worker.weights_bytes + worker.kv_limit_bytes
 
 
 def _smaller_kv(memory: Memory, room: int, worker: WorkerInfo | None) -> Iterator[str]:

@@ -27,8 +27,9 @@ class WorkerStatus:
     """A worker as it sees itself. Sizes in bytes.
 
     `kv_held` is what its KV cache may occupy now: more than `kv_limit` while a shrink waits for
-    blocks in use. All KV sizes are 0 where the engine does not tell them, and `kv_geometry` is
-    None.
+    blocks in use, and only what is in use or kept while the weights of an elastic worker are away;
+    `kv_limit` comes back with them. All KV sizes are 0 where the engine does not tell them, and
+    `kv_geometry` is None.
     """
 
     residency: Residency
@@ -102,14 +103,22 @@ class Control:
         except _UnknownError:
             return None
 
-    async def move(self, residency: Residency, host_budget_bytes: int) -> WorkerStatus:
+    async def move(
+        self, residency: Residency, host_budget_bytes: int, kv_limit_bytes: int | None = None
+    ) -> WorkerStatus:
         """Bring its weights to a tier. Calls that run are paused and go on after the resume.
+
+        `kv_limit_bytes` is in force before they go on; None: the last one is.
 
         Raises:
             WorkerRefusedError: it failed; `status` tells where it is.
             BackendError: it does not answer.
         """
-        body = {"residency": residency.value, "host_budget_bytes": host_budget_bytes}
+        body = {
+            "residency": residency.value,
+            "host_budget_bytes": host_budget_bytes,
+            "kv_limit_bytes": kv_limit_bytes,
+        }
         return WorkerStatus.parse(await self._ask("POST", "residency", body, _MOVE_TIMEOUT_S))
 
     async def limit_kv(self, limit_bytes: int) -> int:

@@ -273,7 +273,8 @@ class Lives:
         """Whether there is something to do before the next look at its health."""
         if not self._orders and not live.process.ended.done():
             arrived = asyncio.ensure_future(self._orders.arrived.wait())
-            limit_s = _POLL_S if live.follows else _HEALTH_EVERY_S
+            soon = live.follows and live.residency is Residency.DEVICE
+            limit_s = _POLL_S if soon else _HEALTH_EVERY_S
             try:
                 first = asyncio.FIRST_COMPLETED
                 await asyncio.wait(

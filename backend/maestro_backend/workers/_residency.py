@@ -28,7 +28,7 @@ _WORDS = {
 class LiveWorker:
     """A worker whose engine runs. `status` is None where the engine has no control API.
 
-    `follows` is set while its KV cache holds more than its limit: look again with `follow`.
+    `follows` is set while its KV cache may come to hold less by itself: look again with `follow`.
     """
 
     def __init__(
@@ -51,7 +51,10 @@ class LiveWorker:
         return Residency.DEVICE if self.status is None else self.status.residency
 
     async def bring(self, residency: Residency, kv_limit_bytes: int | None) -> None:
-        """Move the weights, and the KV limit where one is given: down before, up after.
+        """Move the weights, and set the KV limit where one is given.
+
+        A suspended elastic worker holds only the KV bytes that are in use or kept in it: its limit
+        is then the one that it comes back with.
 
         Raises:
             UnsupportedError: the engine cannot.
@@ -67,13 +70,11 @@ class LiveWorker:
             )
         if kv_limit_bytes is not None:
             check_kv_limit(info, kv_limit_bytes)
-            if kv_limit_bytes < info.kv_limit_bytes:
-                await self.limit_kv(kv_limit_bytes)
-        if residency is Residency.DEVICE:
-            if self.residency is not residency:
-                await self._resume(kv_limit_bytes or 0)
-        elif self.residency is not residency:
-            await self._suspend(residency)
+        if self.residency is not residency:
+            if residency is Residency.DEVICE:
+                await self._resume(kv_limit_bytes)
+            else:
+                await self._suspend(residency)
         if kv_limit_bytes is not None and kv_limit_bytes != self._standing.info.kv_limit_bytes:
             await self.limit_kv(kv_limit_bytes)
 
@@ -82,7 +83,8 @@ class LiveWorker:
         await self._go(self.residency)
 
     async def limit_kv(self, limit_bytes: int) -> int:
-        """Set the KV limit; returns what may be occupied for now.
+        """Set the KV limit; returns what may be occupied for now. A suspended worker takes it
+        when it is resumed.
 
         Raises:
             UnsupportedError, WorkerRefusedError: it cannot be; nothing changed.
@@ -92,8 +94,8 @@ class LiveWorker:
         check_kv_limit(standing.info, limit_bytes)
         if not standing.info.elastic:
             return standing.info.kv_limit_bytes
-        if limit_bytes > standing.info.kv_limit_bytes:
-            standing.hold(weights=self._on_device, kv_bytes=limit_bytes)
+        if self._on_device and limit_bytes > standing.info.kv_limit_bytes:
+            standing.hold(weights=True, kv_bytes=limit_bytes)
         try:
             held = await self.control.limit_kv(limit_bytes)
         except WorkerRefusedError:
@@ -102,15 +104,13 @@ class LiveWorker:
         except BackendError:
             self.follows = True  # whether it grew is not known: the larger claim stays for now
             raise
-        self._holds(held)
-        self.follows = held > limit_bytes
+        self._holds(held, limit_bytes)
         return held
 
     async def follow(self) -> None:
-        """Give back what a shrink has freed meanwhile."""
+        """Give back what calls and kept prefixes have freed meanwhile."""
         status = await self._ask_status()
-        self._holds(status.kv_held)
-        self.follows = status.kv_held > status.kv_limit
+        self._holds(status.kv_held, status.kv_limit)
 
     async def drop_copy(self) -> None:
         """Give up the copy of the weights in host memory.
@@ -126,9 +126,15 @@ class LiveWorker:
     def _on_device(self) -> bool:
         return self.residency is Residency.DEVICE
 
-    def _holds(self, kv_bytes: int) -> None:
+    def _holds(self, kv_bytes: int, limit_bytes: int) -> None:
         self._standing.hold(weights=self._on_device, kv_bytes=kv_bytes)
         self._standing.set(self._standing.info.state, kv_limit_bytes=kv_bytes)
+        self.follows = self._may_fall(kv_bytes, limit_bytes)
+
+    def _may_fall(self, kv_bytes: int, limit_bytes: int) -> bool:
+        if self._on_device:
+            return kv_bytes > limit_bytes
+        return self._standing.info.elastic and kv_bytes > 0
 
     async def _suspend(self, residency: Residency) -> None:
         standing, info = self._standing, self._standing.info
@@ -145,9 +151,12 @@ class LiveWorker:
             standing.doing(_WORDS[residency])
         await self._go(residency)
 
-    async def _resume(self, kv_bytes: int) -> None:
+    async def _resume(self, kv_limit_bytes: int | None) -> None:
         standing, info = self._standing, self._standing.info
-        kv_bytes = max(info.kv_limit_bytes, kv_bytes) if info.elastic else info.kv_max_bytes
+        limit = kv_limit_bytes if info.elastic else None
+        if info.elastic and limit is None:
+            limit = (await self._ask_status()).kv_limit  # the last one
+        kv_bytes = info.kv_max_bytes if limit is None else max(info.kv_limit_bytes, limit)
         try:
             standing.hold(weights=True, kv_bytes=kv_bytes)
         except DoesNotFitError as error:
@@ -155,16 +164,17 @@ class LiveWorker:
             raise
         standing.set(WorkerState.RESUMING, kv_limit_bytes=kv_bytes, detail=_WORDS[Residency.DEVICE])
         try:
-            await self._go(Residency.DEVICE)
+            await self._go(Residency.DEVICE, limit)
         except WorkerRefusedError:
             self._failed_resumes += 1
             raise
         self._failed_resumes = 0
 
-    async def _go(self, residency: Residency) -> None:
+    async def _go(self, residency: Residency, kv_limit_bytes: int | None = None) -> None:
         start, began = self.residency, time.monotonic()
         try:
-            status = await self.control.move(residency, self._standing.host_room)
+            room = self._standing.host_room
+            status = await self.control.move(residency, room, kv_limit_bytes)
         except WorkerRefusedError as error:
             last = self._failed_resumes + 1 >= _RESUME_TRIES
             if residency is Residency.DEVICE and last:
@@ -193,7 +203,7 @@ class LiveWorker:
 
     def _settle(self, status: WorkerStatus, detail: str = "") -> None:
         self.status = status
-        self.follows = status.kv_held > status.kv_limit
+        self.follows = self._may_fall(status.kv_held, status.kv_limit)
         try:
             self._standing.settle(status, detail)
         except DoesNotFitError as error:

@@ -106,7 +106,8 @@ class Worker:
         """Bring its weights to `residency`; returns when they are there.
 
         What was asked before is done first; only `disk` and `remote` interrupt. `kv_limit_bytes` is
-        the KV limit to have there; without it the limit stays, and a start takes the most.
+        the KV limit to have there, or to come back with from a suspend; without it the limit
+        stays, and a start takes the most.
 
         Raises:
             UnsupportedError: its engine or its source lacks that tier.
@@ -125,7 +126,8 @@ class Worker:
     async def set_kv_limit(self, limit_bytes: int) -> int:
         """Let it hold so many bytes of KV cache; returns what it holds for now.
 
-        That is more than the limit while a shrink waits for blocks in use; `info` follows.
+        That is more than the limit while a shrink waits for blocks in use; `info` follows. A
+        suspended worker takes the limit when it is resumed.
 
         Raises:
             DoesNotFitError: the device has too little left; nothing changed.
@@ -161,6 +163,8 @@ class Worker:
             BackendError: the worker does not run.
         """
         await self._control().drop_prefix(call)
+        if self.info.state is WorkerState.SUSPENDED:  # what it held is free now
+            await self._ask_live(LiveWorker.follow)
 
     async def warm_prefix(
         self, call: str, messages: Sequence[Mapping[str, Any]], seconds: float

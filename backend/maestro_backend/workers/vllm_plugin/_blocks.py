@@ -31,7 +31,10 @@ class Kept:
 
 
 class Blocks:
-    """A limit on one scheduler's block pool, in blocks (the null block counts too)."""
+    """A limit on one scheduler's block pool, in blocks (the null block counts too).
+
+    While the weights are `away` it is what comes back with them: nothing that is free is held.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         self._manager = scheduler.kv_cache_manager
@@ -41,13 +44,15 @@ class Blocks:
         self.groups: list[dict[str, int]] = _groups(self._manager, scheduler.vllm_config)
         longest = sum(group["most_blocks"] for group in self.groups)
         self.floor: int = min(self.built, longest + 1)
+        self.away = False
         self._quarantine: list[Any] = []
         self._ended: OrderedDict[str, Any] = OrderedDict()
         self.kept: dict[str, Kept] = {}
 
     @property
     def held(self) -> int:
-        """Blocks that may be occupied now; more than the limit while a shrink waits."""
+        """Blocks that may be occupied now; more than the limit while a shrink waits, and those in
+        use while the weights are away."""
         return self.built - len(self._quarantine)
 
     @property
@@ -82,19 +87,37 @@ class Blocks:
                 f" max_model_len) and the {self.built} that were built"
             )
         self.limit = limit
-        while self._quarantine and self.held < limit:
+        return self._settle()
+
+    def leave(self) -> list[int]:
+        """The weights have left: until `back` only requests and kept prefixes hold blocks. The ids
+        of all that are taken, as `set_limit` tells them."""
+        self.away = True
+        return self.enforce()
+
+    def back(self) -> list[int]:
+        """The weights are back: the limit is in force again, also one that was set meanwhile."""
+        self.away = False
+        return self._settle()
+
+    def _settle(self) -> list[int]:
+        while not self.away and self._quarantine and self.held < self.limit:
             self._give(self._quarantine.pop())
         return self.enforce()
 
     def enforce(self) -> list[int]:
         """Take what is free while more than the limit is held: unhashed blocks first, then the
         least recently used prefixes, at last the kept ones that end soonest. What is kept always
-        leaves a longest request its room."""
-        taken = self._take(self.held - self.limit)
-        while self.kept and (self.held > self.limit or self.limit - self.pinned < self.floor):
-            self.drop_soonest()
-            taken += self._take(self.held - self.limit)
-        return [block.block_id for block in self._quarantine] if taken else []
+        leaves a longest request its room. While the weights are away, take all that is free."""
+        if self.away:
+            taken = self._take(self.free)
+        else:
+            taken = self._take(self.held - self.limit)
+            while self.kept and (self.held > self.limit or self.limit - self.pinned < self.floor):
+                self.drop_soonest()
+                taken += self._take(self.held - self.limit)
+        idle = self._pool.blocks if self.held == 1 else self._quarantine  # the null block too
+        return [block.block_id for block in idle] if taken else []
 
     def bound(self, limit: int) -> None:
         """Of a pool that kvcached limits: what is kept leaves a longest request its room."""

@@ -73,8 +73,13 @@ class Control:
 
     # --- weights --------------------------------------------------------------------------------
 
-    async def move(self, tier: str, host_budget_bytes: int | None) -> dict[str, Any]:
+    async def move(
+        self, tier: str, host_budget_bytes: int | None, kv_limit_bytes: int | None = None
+    ) -> dict[str, Any]:
         """Bring the weights to `tier`; calls wait meanwhile.
+
+        `kv_limit_bytes` is the KV limit to have on the device; None: the last one. Away from it
+        the KV cache holds what requests and kept prefixes hold in it, where it is elastic.
 
         Raises:
             RefusedError: it failed; the worker is where `state` says.
@@ -83,6 +88,8 @@ class Control:
             raise RefusedError(422, f"there is no tier {tier!r} here (tiers: {', '.join(_TIERS)})")
         async with self._moving:
             started = time.monotonic()
+            if kv_limit_bytes is not None:
+                await self.limit_kv(kv_limit_bytes)
             freed = await self._move(tier, host_budget_bytes) if tier != self._tier else 0
             seconds = time.monotonic() - started
         return {**await self.state(), "seconds": seconds, "freed_bytes": freed}
@@ -152,6 +159,8 @@ class Control:
 
     async def limit_kv(self, limit_bytes: int) -> dict[str, int]:
         """Let the KV cache hold so many bytes; a shrink may wait for blocks in use.
+
+        While the weights are away, it takes what it may hold only when they are back.
 
         Raises:
             RefusedError: the cache has one size, or the limit is too small or too large.

@@ -87,12 +87,12 @@ def maestro_settle(self: Any) -> bool:
 
 
 def maestro_trim(self: Any) -> None:
-    """Give back KV memory that is mapped and unused: the weights have left."""
+    """Give back the KV memory that nothing is held in: the weights have left."""
     _kv_of(self).trim()
 
 
 def maestro_restored(self: Any) -> None:
-    """The weights are back, and the KV memory that left with them."""
+    """The weights are back, and the KV limit is in force again."""
     _kv_of(self).restored()
 
 
@@ -130,4 +130,6 @@ def maestro_keep(self: Any, call: str, seconds: float) -> dict[str, Any]:
 
 def maestro_drop(self: Any, call: str) -> None:
     """Let go of a kept prefix and of its place in the cache."""
-    _blocks_of(self.scheduler).drop(call, evict=True)
+    kv = _kv_of(self)
+    kv.blocks.drop(call, evict=True)
+    kv.settle()

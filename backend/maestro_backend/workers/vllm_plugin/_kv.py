@@ -47,8 +47,6 @@ class KvCache:
         used = blocks.held - 1 - blocks.free - pinned
         if isinstance(whole, ElasticKv):  # free is what can be had: not what others hold
             used = whole.allocated_blocks - 1 - cached - pinned
-        # A limit is what was asked for, though only whole blocks of it can be used.
-        held = blocks.held * size if blocks.held > blocks.limit else self._asked
         resident = {"resident_bytes": whole.resident_bytes()} if whole else {}
         return {
             **resident,
@@ -58,14 +56,23 @@ class KvCache:
             "built_bytes": whole.max_bytes if whole else blocks.built * size,
             "floor_bytes": whole.floor_bytes if whole else blocks.floor * size,
             "limit_bytes": whole.limit_bytes if whole else self._asked,
-            "held_bytes": whole.held_bytes() if whole else held,
+            "held_bytes": whole.held_bytes() if whole else self._held(),
             "used_bytes": used * size,
             "cached_bytes": cached * size,
             "pinned_bytes": pinned * size,
         }
 
+    def _held(self) -> int:
+        blocks, size = self.blocks, self.block_bytes
+        if blocks.away:
+            return blocks.held * size if blocks.held > 1 else 0  # not for the null block alone
+        # A limit is what was asked for, though only whole blocks of it can be used.
+        return blocks.held * size if blocks.held > blocks.limit else self._asked
+
     def set_limit(self, limit_bytes: int) -> None:
         """Let it hold so much; what is free goes back at once, blocks in use when they are free.
+
+        While the weights are away, it is in force when they are back.
 
         Raises:
             ValueError: less than one longest request takes, more than was built, or one size only.
@@ -93,13 +100,16 @@ class KvCache:
 
     def _settle_whole(self) -> None:
         """Kept prefixes give way to a limit at last, the one that ends soonest first."""
-        assert self._whole is not None
-        state = self._whole.settle()
-        if isinstance(self._whole, ElasticKv):
-            self.blocks.bound(self._whole.limit_blocks)
-            while self.blocks.kept and state.status == "deferred":
-                self.blocks.drop_soonest()
-                state = self._whole.settle()
+        whole = self._whole
+        assert whole is not None
+        if not isinstance(whole, ElasticKv) or whole.away:
+            whole.settle()
+            return
+        self.blocks.bound(whole.limit_blocks)
+        state = whole.settle()
+        while self.blocks.kept and state.status == "deferred":
+            self.blocks.drop_soonest()
+            state = whole.settle()
 
     def waits(self) -> bool:
         """Whether a shrink waits for blocks in use."""
@@ -108,14 +118,27 @@ class KvCache:
         return self.blocks.held > self.blocks.limit
 
     def trim(self) -> None:
-        """Give back what is mapped and unused: the weights have left."""
+        """The weights have left: give back all that no request and no kept prefix holds.
+
+        Raises:
+            OSError: it is all still held.
+        """
         if self._whole is not None:
             self._whole.trim()
+            return
+        try:
+            self._release(self.blocks.leave())
+        except BaseException:
+            self.blocks.back()
+            raise
 
     def restored(self) -> None:
-        """The weights are back, and with them what had left with them."""
+        """The weights are back, and the limit is in force again."""
         if self._whole is not None:
             self._whole.restored()
+            self._settle_whole()
+        else:
+            self._release(self.blocks.back())
 
     def _release_whole(self) -> bool:
         """Unless a call or a kept prefix has KV in it; what waits or is cached only has none."""

@@ -163,9 +163,13 @@ class FixedKv:
 
 
 class ElasticKv:
-    """A cache whose limit moves between one longest request and all the addresses reserved."""
+    """A cache whose limit moves between one longest request and all the addresses reserved.
+
+    While the weights are `away` it holds the pages that are in use; the limit comes back with them.
+    """
 
     elastic = True
+    away = False
 
     def __init__(self, core: Any, floor_blocks: int) -> None:
         self._core = core
@@ -196,6 +200,9 @@ class ElasticKv:
 
     def settle(self) -> KvState:
         """Where the limit stands, after what waits and can be freed has been freed."""
+        if self.away:
+            self.trim()
+            return self._state()
         state = self._state()
         if state.status == "deferred":
             self._drain()
@@ -210,7 +217,8 @@ class ElasticKv:
         return self._state().mapped_bytes
 
     def held_bytes(self) -> int:
-        """What may be occupied now: the limit, or more while a shrink waits."""
+        """What may be occupied now: the limit, more while a shrink waits, what is mapped while the
+        weights are away."""
         return self._state().held_bytes
 
     @property
@@ -225,12 +233,16 @@ class ElasticKv:
         return sum(int(pool.observability_snapshot().allocated_blocks) for pool in _pools())
 
     def trim(self) -> None:
-        """Give back memory that is mapped and held in reserve."""
+        """The weights have left: give back cached prefixes, and what is held in reserve."""
+        self._evict(self.max_bytes)
+        self._drain()
         for pool in _pools():
             pool.trim()
+        self.away = True
 
     def restored(self) -> None:
-        """Nothing: what it needs is mapped as it is used."""
+        """The weights are back: what the cache needs is mapped as it is used."""
+        self.away = False
 
     def _ask(self, size: int) -> None:
         from kvcached.control import set_instance_memory_limit
@@ -254,11 +266,12 @@ class ElasticKv:
     def _state(self) -> KvState:
         states = [pool.memory_limit_state() for pool in _pools()]
         told = {state["status"] for state in states}
+        mapped = sum(int(state["mapped_bytes"]) for state in states)
         return KvState(
             next((status for status in ("rejected", "deferred") if status in told), "applied"),
             self.limit_bytes,
-            sum(_held_bytes(state) for state in states),
-            sum(int(state["mapped_bytes"]) for state in states),
+            mapped if self.away else sum(map(_held_bytes, states)),
+            mapped,
         )
 
     def _evict(self, size: int) -> int:

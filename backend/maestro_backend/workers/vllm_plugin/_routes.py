@@ -23,7 +23,8 @@ async def _progress(control: Control, body: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _residency(control: Control, body: dict[str, Any]) -> dict[str, Any]:
-    return await control.move(body["residency"], body.get("host_budget_bytes"))
+    budget, kv_limit = body.get("host_budget_bytes"), body.get("kv_limit_bytes")
+    return await control.move(body["residency"], budget, kv_limit)
 
 
 async def _checksum(control: Control, body: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     why.add_argument("--json", action="store_true", help="print what the server answers")
     why.set_defaults(run=_explain)
 
-    measure = commands.add_parser("bench", help="measure the node level on real engines")
+    measure = commands.add_parser("bench", help="measure the node level, or the scheduler")
     bench.add_arguments(measure)
     measure.set_defaults(run=lambda options: bench.run_bench(options, run_until_signal))
 

@@ -160,7 +160,7 @@ async def _node(config: Config, *, leave: bool = False) -> AsyncIterator[LocalNo
 
 
 async def _measure_budget(config: Config, scene: Scene) -> int:
-    """Start every model once, suspend it and see: residuals + some weights + KV floors."""
+    """Start every model once, suspend it and see: residuals + some weights + their KV floors."""
     async with _node(config, leave=True) as node:
         for model in scene.models:
             say(f"starting {model} ...")
@@ -168,8 +168,8 @@ async def _measure_budget(config: Config, scene: Scene) -> int:
             await node.set_residency(model, Residency.HOST)
             await _shrink(node, model)
         workers = (await node.info()).workers
-    weights = sorted(w.weights_bytes for w in workers)[-scene.room_for :]
-    return sum(weights) + sum(w.residual_bytes + w.kv_floor_bytes for w in workers)
+    awake = sorted(w.weights_bytes + w.kv_floor_bytes for w in workers)[-scene.room_for :]
+    return sum(awake) + sum(w.residual_bytes for w in workers)
 
 
 async def _shrink(node: LocalNode, model: str) -> None:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from maestro_agents.protocol import ConfigError
+from maestro_backend.scheduler.policies import POLICIES
 
 from ._colocation import SYSTEMS, Plan, bench_colocation, trading
 from ._engines import say
 from ._kv import STEP_S, bench_kv
 from ._residency import CYCLES, STARTS, bench_residency
+from ._scheduler import Grid, bench_scheduler, scheduler_table
 
 Run = Callable[[Callable[[asyncio.Event], Coroutine[Any, Any, int]]], int]
 """Runs work on an event loop; a signal sets the event."""
@@ -22,7 +24,7 @@ Run = Callable[[Callable[[asyncio.Event], Coroutine[Any, Any, int]]], int]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `maestro bench` takes."""
-    parser.add_argument("name", choices=("residency", "kv", "colocation"))
+    parser.add_argument("name", choices=("residency", "kv", "colocation", "scheduler"))
     parser.add_argument("--engine", choices=("vllm-cpu", "vllm", "stub"), default="vllm-cpu")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON on stdout")
     parser.add_argument("--cycles", type=int, default=CYCLES, help="residency: cycles per tier")
@@ -33,14 +35,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--systems", nargs="+", choices=tuple(SYSTEMS), default=tuple(SYSTEMS), metavar="SYSTEM"
     )
+    _add_grid(parser.add_argument_group("scheduler (no engine)"))
+
+
+def _add_grid(group: Any) -> None:
+    add, grid = group.add_argument, Grid()
+    add("--calls", type=_counts, default=grid.calls, metavar="N,N", help="queued calls")
+    add("--workers", type=_counts, default=grid.workers, metavar="N,N", help="ready workers")
+    add("--models", type=int, default=grid.models, help="models, if there are as many workers")
+    add("--policy", choices=tuple(POLICIES), default=grid.policy, help="order of calls (maestro)")
+    add("--events", type=int, default=grid.events, help="timed events, for each of both")
+    add("--seed", type=int, default=grid.seed)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """`10,100` as numbers."""
+    try:
+        counts = tuple(map(int, text.split(",")))
+    except ValueError:
+        counts = (0,)
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers of at least 1, with commas between")
+    return counts
 
 
 def run_bench(options: argparse.Namespace, run: Run) -> int:
     """Run one benchmark; its figures on stdout, its progress on stderr."""
-    for name in ("cycles", "starts", "runs", "at_once"):
+    for name in ("cycles", "starts", "runs", "at_once", "models", "events"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
+    if options.name == "scheduler":
+        return _run_scheduler(options)
     return run(lambda stop: _until_done(options, stop))
+
+
+def _run_scheduler(options: argparse.Namespace) -> int:
+    names = ("calls", "workers", "models", "policy", "events", "seed")
+    result = bench_scheduler(Grid(*(getattr(options, name) for name in names)))
+    lines = [json.dumps(result)] if options.json else scheduler_table(result)
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    return 0
 
 
 async def _until_done(options: argparse.Namespace, stop: asyncio.Event) -> int:

@@ -206,7 +206,7 @@ class SloConfig(Section):
 class TenantConfig(Section):
     """A tenant's share: twice the `weight` is twice the service under contention.
 
-    Not used yet: every tenant is served alike.
+    The policy `maestro` shares; the others serve every tenant alike.
     """
 
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -297,9 +297,9 @@ class Config(Section):
     def unused(self) -> tuple[str, ...]:
         """One line for each setting that is given and does nothing."""
         lines = [
-            f"tenants.{name}.weight is not used yet: every tenant is served alike"
+            f"tenants.{name}.weight does nothing: only the policy maestro shares by weight"
             for name, tenant in self.tenants.items()
-            if tenant.weight != 1
+            if tenant.weight != 1 and self.policy != "maestro"
         ]
         predictor = self.predictor
         if predictor.retrain and "retrain" in predictor.model_fields_set and not predictor.store:

@@ -15,6 +15,9 @@ from maestro_agents.testing import Latency
 from maestro_backend.gateway import CallRecord, CallStatus
 from maestro_backend.recording import replay
 from maestro_backend.scheduler import Residency, Settings, WorkerState
+from maestro_backend.scheduler._calls import Call, Key
+from maestro_backend.scheduler._runs import Run
+from maestro_backend.scheduler.policies import POLICIES, Policy
 
 ELASTIC = {
     "elastic": True,
@@ -115,6 +118,25 @@ HELD = {"kv_limit_bytes": 4_000_000}
 AT_ONCE = Settings(preempt_patience_s=0.1)
 
 
+class Ruthless(Policy):
+    """A larger call gives way, however long it has run already."""
+
+    name = "maestro"
+
+    def key(self, call: Call, run: Run | None, now: float) -> Key:
+        return (call.request.kv_tokens,)
+
+    def may_preempt(self, key: Key, victim: Key) -> bool:
+        return victim > key
+
+
+@pytest.fixture
+def ruthless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICIES, "maestro", Ruthless)
+    monkeypatch.setattr("maestro_backend.scheduler._shortage._LOSS", 1e9)
+
+
+@pytest.mark.usefixtures("ruthless")
 async def test_a_preempted_call_is_aborted_and_served_later(tmp_path: Path) -> None:
     recording = tmp_path / "flight.jsonl"
     async with gateway(tmp_path, worker=HELD, settings=AT_ONCE, recording=recording) as g:
@@ -134,6 +156,7 @@ async def test_a_preempted_call_is_aborted_and_served_later(tmp_path: Path) -> N
     assert replay(recording)[1] is None
 
 
+@pytest.mark.usefixtures("ruthless")
 async def test_a_call_whose_client_has_seen_a_byte_is_not_preempted(tmp_path: Path) -> None:
     slow = Latency(decode_tokens_s=30)
     async with gateway(
@@ -152,6 +175,7 @@ async def test_a_call_whose_client_has_seen_a_byte_is_not_preempted(tmp_path: Pa
         assert record.attempts == 1 and g.stubs["big"].aborted == 0
 
 
+@pytest.mark.usefixtures("ruthless")
 async def test_a_client_that_leaves_while_preempted_is_gone(tmp_path: Path) -> None:
     async with gateway(tmp_path, worker=HELD, settings=AT_ONCE) as g:
         await g.http.put(URL, content=TEAM.model_dump_json())

@@ -79,8 +79,11 @@ def stopped(info: WorkerInfo) -> WorkerInfo:
 
 
 def suspended(info: WorkerInfo, residency: Residency = Residency.HOST) -> WorkerInfo:
+    """An elastic one holds no KV memory then."""
     host = info.host_copy_bytes if residency is Residency.HOST else 0
-    return replace(info, state=WorkerState.SUSPENDED, residency=residency, host_bytes=host)
+    kv = 0 if info.elastic else info.kv_limit_bytes
+    state = WorkerState.SUSPENDED
+    return replace(info, state=state, residency=residency, host_bytes=host, kv_limit_bytes=kv)
 
 
 WEIGHTS, FLOOR, MOST, RESIDUAL = 1000, 100, 800, 10

@@ -211,7 +211,7 @@ def test_what_starts_is_what_sorting_the_whole_queue_would_start(rule: str, seed
         RunEnded,
     ]
     for _ in range(400):
-        now += 6.0 if core.policy.rekey_s else 0.1
+        now += 6.0 if core.policy.rekey_s or rule == "maestro" else 0.1
         run, events = f"r{dice.randrange(6)}", list[Event]()
         if busy and dice.random() < 0.4:
             events.append(CallFinished(busy))

@@ -202,9 +202,9 @@ def test_an_unlikely_future_does_not_count() -> None:
 def test_a_long_wait_beats_shortness() -> None:
     core = scheduler(worker(window=1), rule="maestro")
     core.handle(arrival("first", "r0"), 0.0)
-    core.handle(arrival("old", "old", service_s=100), 1.0)
-    core.handle(arrival("new", "new", service_s=1), 61.0)
-    assert dispatched(core.handle(CallFinished("first"), 62.0)) == ["old"]
+    core.handle(arrival("old", "old", service_s=1000), 1.0)
+    core.handle(arrival("new", "new", service_s=1), 1801.0)
+    assert dispatched(core.handle(CallFinished("first"), 1802.0)) == ["old"]
 
 
 def test_engine_priority_is_lower_for_the_sooner_call() -> None:

@@ -31,6 +31,7 @@ from maestro_backend.scheduler import (
     NodeLost,
     Preempt,
     RunEnded,
+    RunStarted,
     Scheduler,
     SetKvLimit,
     Settings,
@@ -139,9 +140,11 @@ def test_idle_kv_goes_before_that_of_the_busy_and_delay_comes_last() -> None:
 
 
 def full(rule: str = "maestro", **settings: float) -> Scheduler:
-    """A worker whose KV is full with a long call that has just begun, and a short one waiting."""
+    """A worker whose KV is full with a long call that has just begun and comes too late anyway,
+    and a short one waiting."""
     chosen = replace(Settings(preempt_patience_s=10), **settings)  # type: ignore[arg-type]
     core = scheduler(tiered(kv=MOST), rule=rule, settings=chosen)
+    core.handle(RunStarted("r1", deadline_s=20.0), 0.5)
     core.handle(arrival("long", "r1", kv=MOST, service_s=500.0), 1.0)
     assert core.handle(arrival("short", "r2", kv=100, service_s=1.0), 2.0) == []
     return core
@@ -176,6 +179,8 @@ def test_a_call_is_not_taken_off_its_worker_again_and_again() -> None:
 
 def test_a_call_whose_client_has_seen_a_byte_stays_and_the_next_least_urgent_goes() -> None:
     core = scheduler(tiered(kv=MOST), rule="maestro", settings=Settings(preempt_patience_s=10))
+    for run in ("r1", "r2"):
+        core.handle(RunStarted(run, deadline_s=20.0), 0.5)
     core.handle(arrival("a", "r1", kv=MOST // 2, service_s=500.0), 1.0)
     core.handle(arrival("b", "r2", kv=MOST // 2, service_s=400.0), 1.0)
     core.handle(arrival("short", "r3", kv=100, service_s=1.0), 2.0)

@@ -8,6 +8,7 @@ from scheduler.scenes import (
     ALIVE,
     FLOOR,
     MOST,
+    RESIDUAL,
     WEIGHTS,
     arrival,
     node,
@@ -41,7 +42,7 @@ from maestro_backend.scheduler import (
 from maestro_backend.scheduler.policies import policy
 
 HOST, PARKED, DISK = Residency.HOST, Residency.PARKED, Residency.DISK
-ASIDE = ALIVE - WEIGHTS
+ASIDE = RESIDUAL
 
 
 def moves(commands: list[Command]) -> list[tuple[str, Residency]]:
@@ -49,9 +50,8 @@ def moves(commands: list[Command]) -> list[tuple[str, Residency]]:
 
 
 def test_a_shrink_that_never_works_is_followed_by_a_stop() -> None:
-    rich = replace(tiered("a", state=WorkerState.SUSPENDED, kv=MOST), residual_bytes=WEIGHTS)
-    wanted = tiered("b", state=WorkerState.STOPPED)
-    core = scheduler(rich, wanted, capacity=ALIVE + MOST + WEIGHTS - 100, host=4 * WEIGHTS)
+    rich, wanted = tiered("a", kv=MOST, tiers=()), tiered("b", state=WorkerState.STOPPED)
+    core = scheduler(rich, wanted, capacity=2 * ALIVE + MOST - FLOOR - 100)
     [shrink] = core.handle(arrival("x", model="b"), 0.0)
     assert isinstance(shrink, SetKvLimit)
     assert moves(core.handle(CommandFailed(shrink.id, "no"), 1.0)) == [("a", DISK)]

@@ -44,7 +44,7 @@ from maestro_backend.scheduler import (
 from maestro_backend.scheduler.policies import policy
 
 DEVICE, HOST, PARKED, DISK, REMOTE = Residency
-ASIDE = FLOOR + RESIDUAL
+ASIDE = RESIDUAL
 """What a suspended worker still takes of the device."""
 STOPPED, SUSPENDED = WorkerState.STOPPED, WorkerState.SUSPENDED
 
@@ -100,7 +100,8 @@ def test_the_room_of_an_older_call_is_not_given_to_a_younger() -> None:
     capacity = 2 * ALIVE + MOST - FLOOR + 200
     core = scheduler(rich, c, small, capacity=capacity, host=WEIGHTS, settings=pinned)
     core.handle(arrival("busy", model="a", kv=MOST), 0.5)
-    assert limits_of(core.handle(arrival("x", model="c"), 1.0)) == [("n/c", FLOOR + 200)]
+    [resume] = core.handle(arrival("x", model="c"), 1.0)
+    assert moves([resume]) == [("c", DEVICE)]
     assert core.handle(arrival("y", model="d"), 2.0) == []
 
 
@@ -148,8 +149,11 @@ def test_an_older_copy_in_host_memory_makes_room_for_a_newer() -> None:
 
 
 def test_a_process_is_stopped_only_where_its_residual_is_needed() -> None:
-    a, b, c = tiered("a"), tiered("b", state=SUSPENDED), tiered("c", state=STOPPED)
-    core = scheduler(a, b, c, capacity=ALIVE + 2 * ASIDE - 1, host=4 * WEIGHTS)
+    back_s = {HOST: 1.0, DISK: 30.0}
+    a, b = tiered("a", activation_s=back_s), tiered("b", state=SUSPENDED, activation_s=back_s)
+    core = scheduler(
+        a, b, tiered("c", state=STOPPED), capacity=ALIVE + 2 * ASIDE - 1, host=4 * WEIGHTS
+    )
     assert moves(core.handle(arrival("x", model="c"), 1.0)) == [("a", HOST), ("b", DISK)]
     core.validate()
 
@@ -205,7 +209,8 @@ def test_preload_starts_what_fits_beside_the_others_with_less_kv_if_need_be() ->
 
 
 def test_what_is_expected_sooner_is_not_put_away_for_what_comes_later() -> None:
-    a, b = tiered("a", activation_s={HOST: 2.0}), tiered("b", state=SUSPENDED)
+    a = tiered("a", activation_s={HOST: 2.0})
+    b = tiered("b", state=SUSPENDED, activation_s={HOST: 2.0})
     core = scheduler(a, b, capacity=ALIVE + ASIDE, host=4 * WEIGHTS)
     core.handle(expects("a", start=5.0, run="r1"), 1.0)
     assert core.handle(expects("b", start=4.0, run="r2"), 1.0) == [], "no time to be back"
@@ -241,16 +246,16 @@ def test_a_resume_that_fails_stops_the_process_and_starts_it_anew() -> None:
     assert dispatched(done(core, start, ready(asleep), 4.0)) == ["x"]
 
 
-def test_a_kv_limit_that_is_too_large_to_resume_with_shrinks_first() -> None:
-    asleep, full = tiered("a", state=SUSPENDED, kv=MOST), tiered("b")
-    settings = Settings(pinned=("b",), rest_s=5)
-    capacity = 2 * ALIVE + 50
-    core = scheduler(asleep, full, capacity=capacity, host=WEIGHTS, settings=settings)
-    [shrink] = core.handle(arrival("x", model="a"), 1.0)
-    assert isinstance(shrink, SetKvLimit) and shrink.limit_bytes == FLOOR + 50
+def test_a_resume_takes_the_kv_memory_that_is_left() -> None:
+    asleep, full = tiered("a", state=SUSPENDED), tiered("b")
+    core = scheduler(
+        asleep, full, capacity=2 * ALIVE + 50, host=WEIGHTS, settings=Settings(pinned=("b",))
+    )
+    assert core.ledger.claims["n/a"].total == RESIDUAL, "asleep it has none"
+    [resume] = core.handle(arrival("x", model="a"), 1.0)
+    assert isinstance(resume, SetResidency) and resume.residency is DEVICE
+    assert resume.kv_limit_bytes == FLOOR + 50
     core.validate()
-    [resume] = done(core, shrink, replace(asleep, kv_limit_bytes=FLOOR + 50), 2.0)
-    assert moves([resume]) == [("a", DEVICE)]
 
 
 def test_without_look_ahead_or_tiers_models_take_turns_when_called() -> None:
@@ -304,7 +309,9 @@ def test_a_suspended_model_with_younger_calls_gives_way_too() -> None:
     a, c = tiered("a", state=STOPPED), tiered("c")
     d = tiered("d", state=SUSPENDED, kv=MOST)
     capacity = ALIVE + MOST + RESIDUAL
-    core = scheduler(a, c, replace(d, elastic=False), capacity=capacity, host=WEIGHTS)
+    core = scheduler(
+        a, c, replace(d, elastic=False, kv_limit_bytes=MOST), capacity=capacity, host=WEIGHTS
+    )
     core.handle(arrival("busy", "r0", model="c"), 0.5)
     core.handle(arrival("oldest", "r", stage="first", model="a", kv=FLOOR), 1.0)
     core.handle(arrival("join", "r", model="c", waits_for=("first",)), 2.0)

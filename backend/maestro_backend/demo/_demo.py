@@ -136,7 +136,7 @@ class Demo:
         while True:
             workers = {w.model: w for w in shell.scheduler.workers.values()}
             for model in (BIG, SMALL):
-                failure = shell.scheduler.residencies.failure(model, shell.now())
+                failure = shell.scheduler.residencies.failures.of_model(model, shell.now())
                 if failure:
                     raise BackendError(f"{model} did not start: {failure.detail}")
             if workers and all(w.state is WorkerState.READY for w in workers.values()):

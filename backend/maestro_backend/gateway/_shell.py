@@ -58,7 +58,8 @@ class Shell:
         self.config = config
         self.preload = tuple(config.models) if preload is None else preload
         pinned = tuple(name for name, model in config.models.items() if model.pin)
-        bounds = replace(settings or core.Settings(), pinned=pinned)
+        weights = {name: tenant.weight for name, tenant in config.tenants.items()}
+        bounds = replace(settings or core.Settings(), pinned=pinned, tenant_weights=weights)
         self.scheduler = core.Scheduler(policy(config.policy), bounds)
         self.predictor = Predictor()
         self._foretelling = Foretelling(self.predictor, self.handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ._events import CallArrived
+from ._fairness import Lane
 
 Key = tuple[float, ...]
 """A policy's sort key: the smallest goes first."""
@@ -27,10 +28,16 @@ class Call:
     """It cannot be taken off its worker: its client has seen a first byte."""
     delayed: bool = False
     """It has had to wait for KV memory."""
+    beside: tuple[int, int] = (0, 0)
+    """Calls on its worker and on the others of its device, when it went there."""
     key: Key | None = None
     """Its place in its queue; None while it runs, or waits for the join of its stage."""
     work: int = 0
     """Predicted service, in microseconds: whole numbers, so that sums of them stay exact."""
+    lane: Lane | None = None
+    """Where its tenant's share is counted, while several tenants want the model."""
+    charged_s: float = 0.0
+    """Service that its tenant was charged with when it started (seconds)."""
     call: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,8 +52,8 @@ class CallTable:
         self.by_id: dict[str, Call] = {}
         self.queues: dict[str, dict[str, Call]] = {}
         self.running: dict[str, dict[str, Call]] = {}
-        self.work: dict[str, int] = {}
-        """Worker -> predicted service of what runs there, in microseconds."""
+        self.queued_work: dict[str, int] = {}
+        """Model -> predicted service of what is queued for it, in microseconds."""
         self.waiting = 0
         """Calls in all queues."""
         self.emptied: dict[str, None] = {}
@@ -66,7 +73,8 @@ class CallTable:
         call.attempts += 1
         call.settled = call.delayed = False
         self.running.setdefault(worker, {})[call.call] = call
-        self.work[worker] = self.work.get(worker, 0) + call.work
+        if call.lane is not None:
+            call.lane.charge(call)
 
     def requeue(self, call: Call) -> None:
         """Back into the queue with its old arrival time, and in its old place."""
@@ -91,8 +99,8 @@ class CallTable:
         """Take over a better prediction of a live call."""
         call.request = request
         work = round(request.service_s * 1e6)
-        if call.worker is not None:
-            self.work[call.worker] += work - call.work
+        if call.worker is None:
+            self.queued_work[request.model] += work - call.work
         call.work = work
 
     def queued(self, model: str) -> dict[str, Call]:
@@ -106,19 +114,22 @@ class CallTable:
         return self.running.get(worker, _NO_CALLS)
 
     def _enqueue(self, call: Call) -> None:
-        self.queues.setdefault(call.request.model, {})[call.call] = call
+        model = call.request.model
+        self.queues.setdefault(model, {})[call.call] = call
+        self.queued_work[model] = self.queued_work.get(model, 0) + call.work
         self.waiting += 1
 
     def _leave(self, call: Call) -> None:
         if call.worker is None:
-            queue = self.queues[call.request.model]
+            model = call.request.model
+            queue = self.queues[model]
             del queue[call.call]
+            self.queued_work[model] -= call.work
             self.waiting -= 1
             if not queue:
-                self.emptied[call.request.model] = None
+                self.emptied[model] = None
         else:
             del self.running[call.worker][call.call]
-            self.work[call.worker] -= call.work
 
 
 _NO_CALLS: dict[str, Call] = {}

@@ -33,7 +33,7 @@ class Dispatch:
 class SetResidency:
     """Bring a model's weights to a tier on a node.
 
-    `kv_limit_bytes` is the KV limit to have there; None leaves it as it is (at a start: the most).
+    `kv_limit_bytes` is the KV limit to have there; None: the one that it had last (at a start: the most).
     `worker` says which worker is meant, where the node has several of the model.
     """
 

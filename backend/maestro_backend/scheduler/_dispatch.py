@@ -5,10 +5,11 @@ from __future__ import annotations
 from ._calls import Call
 from ._commands import Command, Dispatch
 from ._kept import KeptPrefixes
-from ._ledger import device_key
+from ._ledger import device_of
 from ._nouns import WorkerInfo
 from ._placement import Places, kv_bytes
 from ._queues import Queues
+from ._runs import EndedCall
 from ._shortage import Shortage
 from ._world import World
 from .policies import Policy
@@ -80,16 +81,17 @@ class Dispatcher:
                 return
             worker, tried = self._place(call, places)
             if worker is None:
-                tried = tried or places.least_of_all(call)
+                tried = tried or places.least_of_all()
                 if tried is None:
                     return
                 commands += self._shortage.relieve(call, tried, now, at_last=at_last)
                 worker = self._try_again(call, tried)
                 if worker is None:
-                    world.short[model] = call, device_key(tried.node, tried.device)
+                    world.short[model] = call, device_of(tried)
                     return
+            call.beside = world.in_flight(worker)
             world.calls.start(call, worker.worker, now)
-            places.refresh(worker.worker)
+            world.places.refresh(worker)
             world.last_used[worker.worker] = now
             priority = self._policy.priority(call, world.runs.get(call.request.run), now)
             commands.append(Dispatch(world.next_id(), call.call, worker.worker, priority))
@@ -102,13 +104,13 @@ class Dispatcher:
         found to have none."""
         if (home := self._kept.home(call)) and places.is_aside(home):
             places.refresh(home)
-        tried, worker = None, self._last_of_run(call, places) or places.least(call)
+        tried, worker = None, self._last_of_run(call, places) or places.least()
         while worker is not None:
             if self._reserve(call, worker):
                 return worker, tried
             places.set_aside(worker.worker)
             tried = tried or worker
-            worker = places.least(call)
+            worker = places.least()
         while (worker := places.roomiest(call)) is not None:
             if self._reserve(call, worker):
                 return worker, tried
@@ -116,9 +118,18 @@ class Dispatcher:
         return None, tried
 
     def _last_of_run(self, call: Call, places: Places) -> WorkerInfo | None:
-        run = self._world.runs.get(call.request.run) if places.affinity else None
+        if len(places.open) == 1:
+            return None
+        run = self._world.runs.get(call.request.run)
         last = run.last_ended.get(call.request.model) if run else None
-        return places.last_of_run(last.worker) if last else None
+        return places.last_of_run(last.worker, self._saved(call, last)) if last else None
+
+    def _saved(self, call: Call, last: EndedCall) -> float:
+        """What the run's prefix in a worker's cache saves of the call's time, as a share."""
+        request = call.request
+        tokens = min(last.tokens, request.prompt_tokens)
+        saved_s = tokens * self._world.traffic.prefill_s(request.model)
+        return saved_s / max(request.service_s, 0.01)
 
     def _reserve(self, call: Call, worker: WorkerInfo) -> bool:
         ledger, need = self._world.ledger, kv_bytes(call, worker)

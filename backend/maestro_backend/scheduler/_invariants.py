@@ -104,11 +104,10 @@ def _indexes(world: World) -> list[str]:
     for model, queue in calls.queues.items():
         if (orders := [c.order for c in queue.values()]) != sorted(orders):
             broken.append(f"the queue of {model} is not in order of arrival: {orders}")
+        if calls.queued_work.get(model, 0) != sum(call.work for call in queue.values()):
+            broken.append(f"the work queued for {model} is not that of its calls")
     if calls.waiting != sum(map(len, calls.queues.values())):
         broken.append(f"{calls.waiting} calls are counted as waiting")
-    for worker, running in calls.running.items():
-        if calls.work[worker] != sum(call.work for call in running.values()):
-            broken.append(f"the work on {worker} is not that of its calls")
     for worker, claim in ledger.claims.items():
         reserved, kept = sum(claim.reservations.values()), sum(k.size for k in claim.kept.values())
         if (claim.kv_reserved, claim.kv_kept) != (reserved, kept):

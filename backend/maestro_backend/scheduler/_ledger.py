@@ -227,7 +227,7 @@ def held_by(
     return Claim(
         info.worker,
         info.node,
-        device_key(info.node, info.device),
+        device_of(info),
         weights=_weights(info, bound_for, old),
         kv_limit=max(limits),
         kv_usable=min(limits),
@@ -254,6 +254,11 @@ def device_key(node: str, device: str) -> str:
     return f"{node}/{device}"
 
 
+def device_of(info: WorkerInfo) -> str:
+    """The key of a worker's device."""
+    return device_key(info.node, info.device)
+
+
 def least_bytes(info: WorkerInfo) -> int:
     """What a worker needs on its device: weights + the least KV limit + residual."""
     return info.weights_bytes + kv_least(info) + info.residual_bytes
@@ -267,7 +272,7 @@ def kv_most(info: WorkerInfo) -> int:
 def kv_aside(info: WorkerInfo, claim: Claim) -> int:
     """The KV it holds once its weights are aside: a cache of one size goes with them, all of it,
     unless something is held in it."""
-    return claim.kv_limit if info.elastic or claim.kv_used else 0
+    return claim.kv_used if info.elastic else claim.kv_limit if claim.kv_used else 0
 
 
 def kv_least(info: WorkerInfo) -> int:

@@ -46,8 +46,9 @@ class WorkerInfo:
 
     `kv_limit_bytes` is what its KV cache may hold now, between `kv_floor_bytes` (one request of
     `max_model_len`) and `kv_max_bytes` (what the engine is built with); only an `elastic` worker
-    moves between them. Another holds all of it, or may hold none of it while it is suspended
-    without calls. `kv_geometry` says what requests hold of it, in whole blocks; while it is None,
+    moves between them. While that one is suspended, it is what calls and kept prefixes hold in it,
+    0 if nothing: its limit comes with the resume. Another holds all of it, or may hold none of it
+    while it is suspended without calls. `kv_geometry` says what requests hold of it, in whole blocks; while it is None,
     `kv_bytes_per_token` is all that is known. `host_copy_bytes` is what a copy of its weights takes
     in host memory, `host_bytes` what it holds there now. `tiers` are the residencies it can be
     brought to, and `activation_s` the learned seconds from each to the device. `detail` says in
@@ -109,12 +110,14 @@ class DeviceInfo:
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """A node: its devices, all its workers, and the budget of weights kept in host memory."""
+    """A node: its devices, all its workers, the budget of weights kept in host memory, and the
+    seconds of a round trip to it."""
 
     node: str
     devices: tuple[DeviceInfo, ...]
     workers: tuple[WorkerInfo, ...] = ()
     host_capacity_bytes: int = 0
+    rtt_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,11 @@ from ._nouns import WorkerInfo
 Entry = tuple[float, float, str]
 """A worker's load, what breaks ties, and its name."""
 
+Pace = Callable[[WorkerInfo], float]
+"""By how much longer than alone the next call would take on a worker, as a share."""
+Beside = Callable[[WorkerInfo], Iterable[WorkerInfo]]
+"""The other workers of its device."""
+
 _AFFINITY_SLACK = 1.5
 """A run's last worker is kept up to so many times the least in flight, and one more (ours)."""
 
@@ -28,23 +33,24 @@ def kv_bytes(call: Call, worker: WorkerInfo) -> int:
 class Places:
     """The open workers of one model, the least loaded first.
 
-    Load is the predicted work in flight per place, with the call's own; ties by name. With
-    `affinity`, it is the share of places that are taken, then the KV bytes in use. Heaps keep the
-    order, one for each size of window; an entry that is not the worker's latest is void. A worker
-    that a call did not fit on is set aside until some of its KV is freed; meanwhile it is asked
-    only for smaller calls, and if no other will do.
+    Load is by how much the next call would be slowed down there; ties by name. With `affinity`, it
+    is the share of places that are taken, then the KV bytes in use. A heap keeps the order; an
+    entry that is not the worker's latest is void. A worker that a call did not fit on is set aside
+    until some of its KV is freed; meanwhile it is asked only for smaller calls, and if no other
+    will do.
     """
 
-    def __init__(self, calls: CallTable, ledger: Ledger, affinity: bool) -> None:
+    def __init__(self, calls: CallTable, ledger: Ledger, affinity: bool, pace: Pace) -> None:
         self.open: dict[str, WorkerInfo] = {}
         self.free = 0
         """Free places in the windows of open workers."""
         self._calls = calls
         self._ledger = ledger
+        self._pace = pace
         self.affinity = affinity
         self._free: dict[str, int] = {}
         self._latest: dict[str, Entry] = {}
-        self._heaps: dict[int, list[Entry]] = {}
+        self._heap: list[Entry] = []
         self._aside: dict[str, int] = {}
         """Worker -> its free KV bytes, which were too few."""
         self._roomiest: list[tuple[int, str]] = []
@@ -77,21 +83,24 @@ class Places:
         if not free:
             self._latest.pop(worker, None)
             return
-        entry: Entry
-        if self.affinity:
-            entry = running / info.max_inflight, self._ledger.claims[worker].kv_used, worker
-        else:
-            entry = self._calls.work.get(worker, 0), 0, worker
-        self._latest[worker] = entry
+        self._enter(info)
+
+    def shift(self, worker: str) -> None:
+        """Calls have started or ended beside it, on its device."""
+        if worker in self._latest and len(self.open) > 1 and not self.affinity:
+            self._enter(self.open[worker])
+
+    def _enter(self, info: WorkerInfo) -> None:
+        entry = self._latest[info.worker] = self._load(info)
         if len(self.open) > 1:
             self._rank(entry)
 
     def _rank(self, entry: Entry) -> None:
-        window = 0 if self.affinity else self.open[entry[2]].max_inflight
-        heap = self._heaps.setdefault(window, [])
-        heapq.heappush(heap, entry)
-        if len(heap) > 4 * len(self.open) + 64:
-            self._tidy(window)
+        heapq.heappush(self._heap, entry)
+        if len(self._heap) > 4 * len(self.open) + 64:
+            latest = self._latest
+            self._heap = [entry for entry in self._heap if latest.get(entry[2]) is entry]
+            heapq.heapify(self._heap)
 
     def set_aside(self, worker: str) -> None:
         """The call that goes next does not fit on the worker."""
@@ -117,65 +126,62 @@ class Places:
             heapq.heappop(heap)
         return None
 
-    def least(self, call: Call) -> WorkerInfo | None:
+    def least(self) -> WorkerInfo | None:
         """The least loaded worker with a free place, of those not set aside."""
         if len(self.open) == 1:
             [info] = self.open.values()
             return info if info.worker in self._latest else None
-        best: tuple[float, float, str] | None = None
-        for window, heap in self._heaps.items():
-            while heap and self._latest.get(heap[0][2]) is not heap[0]:
-                heapq.heappop(heap)
-            if heap:
-                entry = heap[0]
-                if not self.affinity:
-                    entry = ((entry[0] + call.work) / window, 0, entry[2])
-                if best is None or entry < best:
-                    best = entry
-        return None if best is None else self.open[best[2]]
+        first = self._first()
+        return None if first is None else self.open[first[2]]
 
-    def least_of_all(self, call: Call) -> WorkerInfo | None:
+    def least_of_all(self) -> WorkerInfo | None:
         """The least loaded worker with a free place, also of those set aside."""
         mine = (info for worker, info in self.open.items() if self._free[worker])
-        return min(mine, key=lambda info: self._load(info, call), default=None)
+        return min(mine, key=self._load, default=None)
 
-    def last_of_run(self, worker: str) -> WorkerInfo | None:
-        """With affinity: `worker`, the run's last, if it has a place and is not much busier."""
-        info = self.open.get(worker)
-        if not self.affinity or info is None or not self._free[worker] or worker in self._aside:
+    def last_of_run(self, worker: str, worth: float) -> WorkerInfo | None:
+        """`worker`, the run's last, if it has a place and is not much busier than the least loaded.
+
+        That is: a call is slowed down more by at most `worth` there, which is what is saved of its
+        time alone, as a share. With `affinity`, by the calls in flight.
+        """
+        if worker not in self._latest:
             return None
-        if len(self.open) == 1:
+        info, first = self.open[worker], self._first()
+        if first is None:
             return info
-        heap = self._heaps[0]
-        while self._latest.get(heap[0][2]) is not heap[0]:
-            heapq.heappop(heap)
-        least = self._in_flight(heap[0][2])
+        if not self.affinity:
+            return info if self._latest[worker][0] <= first[0] + worth else None
+        least = self._in_flight(first[2])
         return info if self._in_flight(worker) <= _AFFINITY_SLACK * least + 1 else None
+
+    def _first(self) -> Entry | None:
+        heap = self._heap
+        while heap and self._latest.get(heap[0][2]) is not heap[0]:
+            heapq.heappop(heap)
+        return heap[0] if heap else None
 
     def _in_flight(self, worker: str) -> int:
         return len(self._calls.on_worker(worker))
 
-    def _load(self, info: WorkerInfo, call: Call) -> Entry:
+    def _load(self, info: WorkerInfo) -> Entry:
         if self.affinity:
             used = self._ledger.claims[info.worker].kv_used
             return self._in_flight(info.worker) / info.max_inflight, used, info.worker
-        work = self._calls.work.get(info.worker, 0)
-        return (work + call.work) / info.max_inflight, 0, info.worker
-
-    def _tidy(self, window: int) -> None:
-        latest = self._latest
-        heap = [entry for entry in self._heaps[window] if latest.get(entry[2]) is entry]
-        heapq.heapify(heap)
-        self._heaps[window] = heap
+        return self._pace(info), 0, info.worker
 
 
 class PlaceTable:
     """The places of every model. What has changed is taken over by `settle`."""
 
-    def __init__(self, calls: CallTable, ledger: Ledger, affinity: bool) -> None:
+    def __init__(
+        self, calls: CallTable, ledger: Ledger, affinity: bool, pace: Pace, beside: Beside
+    ) -> None:
         self._calls = calls
         self._ledger = ledger
         self._affinity = affinity
+        self._pace = pace
+        self._beside = beside
         self._places: dict[str, Places] = {}
         self._suspects: dict[str, float] = {}
         self._moved: dict[str, str] = {}
@@ -184,8 +190,15 @@ class PlaceTable:
     def of(self, model: str) -> Places:
         places = self._places.get(model)
         if places is None:
-            places = self._places[model] = Places(self._calls, self._ledger, self._affinity)
+            places = Places(self._calls, self._ledger, self._affinity, self._pace)
+            self._places[model] = places
         return places
+
+    def refresh(self, info: WorkerInfo) -> None:
+        """A call has started or ended on the worker, or KV bytes were freed."""
+        self.of(info.model).refresh(info.worker)
+        for other in self._beside(info):
+            self.of(other.model).shift(other.worker)
 
     def moved(self, info: WorkerInfo) -> None:
         """Whether the worker takes calls may have changed."""
@@ -218,7 +231,7 @@ class PlaceTable:
         models = self._take_moved(workers, takes_calls) if self._moved else set()
         while freed:
             if info := workers.get(freed.pop()):
-                self.of(info.model).refresh(info.worker)
+                self.refresh(info)
                 models.add(info.model)
         return models
 

@@ -8,15 +8,23 @@ worker, then the least recently used; what a run expects last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from ._commands import SetKvLimit, SetResidency
-from ._ledger import copy_bytes, device_key, kv_aside, kv_least, kv_rounded, kv_step
+from ._eviction import HORIZON_S, Resident, Rhythm, choose, worth
+from ._ledger import copy_bytes, device_of, kv_aside, kv_least, kv_rounded, kv_step
 from ._nouns import Residency, WorkerInfo, WorkerState
 from ._world import Action, World
 
 _SETTLED = (WorkerState.READY, WorkerState.SUSPENDED)
+_LEAST_BACK_S = 1.0
+"""Coming back takes so long at the least, also where nothing was learned yet (ours)."""
+_PREFILL_TOKENS_S = 5000.0
+"""Of kept prefixes, that would have to be prefilled again (ours)."""
+_SPARE = 0.01
+"""What coming back costs a worker whose model has another ready one, as a share (ours)."""
 
 Leaves = Callable[[WorkerInfo], bool]
 
@@ -50,13 +58,14 @@ def find_room(
     """
     plan: dict[str, Step] = {}
     room = Room(world, wanted, now, leaves, ends or leaves)
-    kinds = [room.shrinks, room.evictions, room.suspends]
+    for step in chain(room.shrinks(), room.evictions()):
+        if _gain(plan) < short:
+            plan[step.worker.worker] = step
+    kinds = [room.suspends]
     if at_any_price or room.without_weights() < short:
         kinds.append(room.stops)
     for kind in kinds:
-        for step in kind():
-            if _gain(plan) >= short:
-                break
+        for step in room.least(list(kind()), plan, short - _gain(plan)):
             plan.pop(step.worker.worker, None)  # the harder step frees what the gentler does
             plan[step.worker.worker] = step
     return _needed(plan, short) if _gain(plan) >= short else None
@@ -72,7 +81,7 @@ class Room:
         self._now = now
         self._leaves = leaves
         self._ends = ends
-        device = device_key(wanted.node, wanted.device)
+        device = device_of(wanted)
         self._others = [w for w in world.on_device(device) if w.worker != wanted.worker]
         neighbours = (
             w
@@ -83,11 +92,21 @@ class Room:
         )
         self._neighbours = sorted(neighbours, key=self._worth)
 
-    def _worth(self, info: WorkerInfo) -> tuple[bool, bool, float, float, str]:
-        at = self._world.runs.expected_at(info.model)
-        used = self._world.last_used.get(info.worker, 0.0)
-        needed = not self._world.spare(info)
-        return (needed, at is not None, -(at or 0.0), used, info.worker)
+    def _worth(self, info: WorkerInfo) -> tuple[float, str]:
+        one = resident(self._world, info, self._now, Residency.HOST)
+        return worth(one, self._now, HORIZON_S), info.worker
+
+    def least(self, steps: list[Step], plan: Mapping[str, Step], short: int) -> list[Step]:
+        """The steps whose workers are worth the least that free so much more than the plan; all
+        of them if that is not enough."""
+        residents = [
+            resident(self._world, step.worker, self._now, step.residency, _more(step, plan))
+            for step in steps
+            if step.residency is not None
+        ]
+        chosen = choose(residents, short, self._now, HORIZON_S)
+        names = {one.worker for one in residents if chosen is None or one in chosen}
+        return [step for step in steps if step.worker.worker in names]
 
     def shrinks(self) -> Iterator[Step]:
         """The KV of idle workers, down to the floor or what is kept."""
@@ -117,10 +136,8 @@ class Room:
             if tier is Residency.HOST:
                 promised[info.node] = promised.get(info.node, 0) + copy_bytes(info)
             claim = self._world.ledger.claims[info.worker]
-            limit = min(kv_aside(info, claim), max(kv_least(info), claim.kv_needed))
-            gain = claim.weights + claim.kv_limit - limit
-            shrinks = info.elastic and limit < info.kv_limit_bytes
-            yield Step(info, gain, limit if shrinks else None, tier)
+            gain = claim.weights + claim.kv_limit - kv_aside(info, claim)
+            yield Step(info, gain, residency=tier)
 
     def without_weights(self) -> int:
         """Bytes that would be free if all KV were shrunk and all weights put aside that can be,
@@ -132,15 +149,13 @@ class Room:
         world, claim = self._world, self._world.ledger.claims[info.worker]
         room = world.ledger.host_free(info.node) - promised.get(info.node, 0)
         tier = put_aside(info, tiers_of(world, info), room)
-        resting = world.limit_resting(info.worker, self._now) or info.worker in world.changes
-        kv = 0 if resting or not info.elastic else max(0, claim.kv_limit - kv_least(info))
         if tier is None or info.model in world.settings.pinned or not claim.weights:
-            return kv
+            resting = world.limit_resting(info.worker, self._now) or info.worker in world.changes
+            fixed = resting or not info.elastic or not claim.weights
+            return 0 if fixed else max(0, claim.kv_limit - kv_least(info))
         if tier is Residency.HOST:
             promised[info.node] = promised.get(info.node, 0) + copy_bytes(info)
-        if not info.elastic and not claim.kept:
-            kv = claim.kv_limit
-        return claim.weights + kv
+        return claim.weights + claim.kv_limit - kv_aside(info, claim)
 
     def stops(self) -> Iterator[Step]:
         """Whole processes that may leave, those without weights on the device first."""
@@ -161,6 +176,23 @@ class Room:
         if info.worker in world.changes or world.limit_resting(info.worker, self._now):
             return None
         return Step(info, info.kv_limit_bytes - limit, limit, evicts=evicts)
+
+
+def resident(
+    world: World, info: WorkerInfo, now: float, to: Residency | None = None, size: int = 0
+) -> Resident:
+    """A worker that would free `size` bytes by going as far as `to`; None: that comes."""
+    back_s = info.activation_s.get(to or info.residency, 0.0)
+    if to is not None and info.residency is not Residency.DEVICE:
+        back_s -= info.activation_s.get(info.residency, 0.0)
+    claim = world.ledger.claims.get(info.worker)
+    kept = 0 if claim is None else claim.kv_kept
+    back_s = max(back_s, _LEAST_BACK_S) + kept / info.kv_bytes_per_token / _PREFILL_TOKENS_S
+    if world.spare(info):
+        back_s *= _SPARE
+    used = world.last_used.get(info.worker, 0.0)
+    rhythm = Rhythm(used, world.rhythms.get(info.model, Rhythm(used)).gap_s)
+    return Resident(info.worker, size, back_s, rhythm, world.runs.expecting(info.model))
 
 
 def tiers_of(world: World, info: WorkerInfo) -> set[Residency]:
@@ -184,6 +216,12 @@ def carry_out(world: World, step: Step) -> SetKvLimit | SetResidency:
         return world.set_residency(step.worker, step.residency, step.kv_limit)
     assert step.kv_limit is not None
     return world.set_kv_limit(step.worker, step.kv_limit)
+
+
+def _more(step: Step, plan: Mapping[str, Step]) -> int:
+    """What it frees more than the step that the plan has for its worker."""
+    before = plan.get(step.worker.worker)
+    return step.gain - (before.gain if before else 0)
 
 
 def _gain(plan: dict[str, Step]) -> int:

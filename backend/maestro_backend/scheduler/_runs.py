@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ._events import ForecastCall, RunStarted
+from ._events import ForecastCall, Rest, RunStarted
 
 LIKELY = 0.5
 """A forecast call counts as expected from this probability on (the bound of lead time too)."""
+_FEW = 4
+"""The times of so many runs say when a model is next needed (ours)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,8 @@ class Run:
     forecast: tuple[ForecastCall, ...] = ()
     future_s: float = 0.0
     """Predicted seconds of work after what runs now: the longest likely path of the forecast."""
+    rest: Rest | None = None
+    """What it still had before it, when a call of it came last."""
     models: dict[str, float] = field(default_factory=dict)
     """What the likely part of the forecast needs, and when at the earliest (seconds)."""
     attained_s: float = 0.0
@@ -76,6 +81,9 @@ class RunTable:
         self._bound = bound
         """A forecast call is expected from this probability on."""
         self.by_id: dict[str, Run] = {}
+        self._silent: list[tuple[float, int, Run]] = []
+        """A heap: each run, and until when at least it was not silent."""
+        self._known = 0
         self._expecting: dict[str, dict[str, float]] = {}
         self._soonest: dict[str, list[tuple[float, str]]] = {}
         """By model, a heap of times and runs; what `_expecting` does not say any more is void."""
@@ -88,8 +96,29 @@ class RunTable:
         state = self.by_id.get(run)
         if state is None:
             state = self.by_id[run] = Run(run, started=now)
+            self._known += 1
+            heapq.heappush(self._silent, (now, self._known, state))
+            if len(self._silent) > 2 * len(self.by_id) + 64:
+                known = self.by_id
+                self._silent = [one for one in self._silent if known.get(one[2].run) is one[2]]
+                heapq.heapify(self._silent)
         state.last_seen = now
         return state
+
+    def silent_since(self, limit: float, now: float) -> Iterator[Run]:
+        """The runs without calls that were last seen before `limit`.
+
+        A run that turns out not to be silent is asked again only once it may be.
+        """
+        while self._silent and self._silent[0][0] < limit:
+            _, number, run = heapq.heappop(self._silent)
+            if self.by_id.get(run.run) is not run:
+                continue
+            if run.live_calls or run.last_seen >= limit:
+                seen = now if run.live_calls else run.last_seen
+                heapq.heappush(self._silent, (seen, number, run))
+            else:
+                yield run
 
     @property
     def expected(self) -> dict[str, float]:
@@ -106,6 +135,10 @@ class RunTable:
         while runs.get(heap[0][1]) != heap[0][0]:
             heapq.heappop(heap)
         return heap[0][0]
+
+    def expecting(self, model: str) -> tuple[float, ...]:
+        """When runs will likely call `model`, each at the earliest: the soonest few of them."""
+        return tuple(heapq.nsmallest(_FEW, self._expecting.get(model, _NO_RUNS).values()))
 
     def believe(self, run: Run, forecast: tuple[ForecastCall, ...], now: float) -> None:
         """Replace the run's forecast."""
@@ -148,3 +181,4 @@ class RunTable:
 
 
 _NEVER = float("inf")
+_NO_RUNS: dict[str, float] = {}

@@ -38,13 +38,12 @@ class Scheduler:
         self.runs, self.calls = world.runs, world.calls
         self.workers, self.ledger, self.counts = world.workers, world.ledger, world.counts
         self.residencies = Residencies(world)
-        self._verdicts = Verdicts(world, self.residencies)
         self._kept = KeptPrefixes(world)
         self._queues = Queues(world, policy)
+        self._verdicts = Verdicts(world, self.residencies, self._queues)
         self._shortage = Shortage(world, self._queues)
         self._dispatcher = Dispatcher(world, policy, self._queues, self._shortage, self._kept)
         self._reviewed = -_REVIEW_S
-        self._no_idle_run_before = 0.0
         self._standing: set[str] = set()
         """Models whose calls were waiting after some event, and have been since."""
         self._queued: set[str] = set()
@@ -108,10 +107,11 @@ class Scheduler:
 
     def _review(self, now: float) -> Iterator[Command]:
         """Look at everything anew."""
-        changed = self.residencies.forgive(now) or self._world.changed
+        changed = self.residencies.failures.forgive(now) or self._world.changed
         self._reviewed, self._world.changed = now, False
         self._queues.rekey_all(now)
         self._world.settle_places(now)
+        self._world.look_far()
         yield from self.residencies.plan(now) if changed else self.residencies.replan(now)
         yield from self._reject_hopeless(now)
         yield from self._dispatcher.dispatch(now, everything=True)
@@ -158,6 +158,8 @@ class Scheduler:
         run = self.runs.ensure(event.run, now)
         if run.ended:
             return _NO_COMMANDS
+        if event.rest is not None:
+            run.rest = event.rest
         self._believe(run, event.calls, now)
         return self._kept.review(run, now) if run.last_ended else _NO_COMMANDS
 
@@ -209,12 +211,13 @@ class Scheduler:
     def _call_arrived(self, event: ev.CallArrived, now: float) -> Iterable[Command]:
         if event.call in self.calls.by_id:
             return _NO_COMMANDS
-        if refusal := self._verdicts.refusal(event):
+        if refusal := self._verdicts.refusal(event, now):
             return [Reject(self._world.next_id(), event.call, *refusal)]
         run, model = self.runs.ensure(event.run, now), event.model
         run.ended = event.run == event.call  # a call without a run is one of its own
         call = self.calls.add(event, now)
         run.live_calls.add(event.call)
+        self._world.saw(call, now)
         self.policy.arrived(call, run, now)
         self._enqueue(call, run, now)
         if len(self.calls.queued(model)) == 1 and not self._world.served(model):
@@ -260,10 +263,12 @@ class Scheduler:
         run = self.runs.get(call.request.run)
         if call.worker is not None:
             self.ledger.release(call.worker, call.call)
+            self._verdicts.served(call, now)
             if run is not None:
                 run.attained_s += now - call.started
                 run.waited_s += call.started - call.arrived
                 self.policy.ended(call, run, now)
+            self._world.learn(call, now)
         commands = self._kept.ended(call, run, tokens, now)
         self._end(call, now)
         if run is not None:
@@ -295,6 +300,7 @@ class Scheduler:
         assert call.worker is not None
         worker = call.worker
         self.ledger.release(worker, call.call)
+        self._queues.left(call, 0.0)
         requeue(call)
         self._world.call_left(worker)
         self._enqueue(call, self.runs.get(call.request.run), now)
@@ -310,6 +316,7 @@ class Scheduler:
     def _end(self, call: Call, now: float) -> None:
         """Remove a call for good: its reservation, its place, its mark in the run."""
         worker = call.worker
+        self._queues.left(call, now - call.started)
         self.calls.remove(call)
         if worker is not None:
             self.ledger.release(worker, call.call)
@@ -329,6 +336,8 @@ class Scheduler:
 
     def _node_joined(self, event: ev.NodeJoined, now: float) -> Iterable[Command]:
         self.ledger.add_node(event.info)
+        if event.info.rtt_s > 0.0:
+            self._world.rtt_s[event.info.node] = event.info.rtt_s
         for info in event.info.workers:
             self._take(info, now)
         self.residencies.preload = list(event.preload)
@@ -354,7 +363,7 @@ class Scheduler:
         if info.state is not WorkerState.SUSPENDED:
             self.residencies.broken.discard(info.worker)
         if info.state is WorkerState.FAILED:
-            self.residencies.fail(info.worker, info.detail, now)
+            self.residencies.failures.add(info.worker, info.detail, now)
         world.account(info.worker)
 
     def _node_lost(self, event: ev.NodeLost, now: float) -> Iterable[Command]:
@@ -429,7 +438,7 @@ class Scheduler:
             self._world.undrain(info.worker)
             self._rest(info.worker, now)
         if move.residency is Residency.DISK and (fetched or info.worker in self.residencies.broken):
-            self.residencies.fail(info.worker, reason, now)
+            self.residencies.failures.add(info.worker, reason, now)
         elif move.residency is Residency.DEVICE:
             self._bring_failed(info, move, reason, now)
 
@@ -439,7 +448,7 @@ class Scheduler:
         elif info.state is WorkerState.STOPPED and info.most_bytes != move.need:
             return  # its size is known only now: plan again
         elif info.state is not WorkerState.READY:
-            self.residencies.fail(info.worker, reason, now)
+            self.residencies.failures.add(info.worker, reason, now)
 
     def _account(self, worker: str) -> None:
         if worker in self.workers:
@@ -468,13 +477,6 @@ class Scheduler:
                 self._account(worker)
 
     def _forget_idle_runs(self, now: float) -> Iterator[Command]:
-        limit = now - self.settings.run_idle_s
-        if limit <= self._no_idle_run_before:
-            return
-        silent = [run for run in self.runs.by_id.values() if not run.live_calls]
-        for run in silent:
-            if run.last_seen < limit:
-                yield from self._kept.forget(run.run, run)
-                self._forget(run, now)
-        kept = (run.last_seen for run in silent if run.last_seen >= limit)
-        self._no_idle_run_before = min(kept, default=now)
+        for run in self.runs.silent_since(now - self.settings.run_idle_s, now):
+            yield from self._kept.forget(run.run, run)
+            self._forget(run, now)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ._nouns import Residency
@@ -13,6 +14,9 @@ class Settings:
     """Bounds of the scheduler; times in seconds. All values are ours."""
 
     max_queued: int = 10_000
+    max_queue_s: float | None = None
+    """A run of class `batch` is refused once so much predicted service is queued for its model, a
+    `standard` one at twice and an `interactive` one at four times as much; None: at no time."""
     max_attempts: int = 5
     """Tries of a call whose worker was lost each time."""
     max_error_attempts: int = 2
@@ -49,3 +53,9 @@ class Settings:
     or the one that served its run last, unless that is much busier than another."""
     tiers: tuple[Residency, ...] = tuple(Residency)
     """The residencies that may be used."""
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    """Where calls of several tenants wait for a model, they share it by weight. One that is not
+    named has that of `default`, else 1."""
+    fair_lag_s: float = 3600.0
+    """No tenant is ahead of another that waits by more service than this, in seconds by weight;
+    until then the order of calls decides."""

@@ -11,12 +11,16 @@ from collections.abc import Iterable, Iterator
 
 from ._calls import Call
 from ._commands import Command
-from ._ledger import Claim, device_key, kv_most, kv_rounded, kv_step
-from ._nouns import WorkerInfo
+from ._ledger import Claim, device_of, kv_most, kv_rounded, kv_step
+from ._nouns import WorkerInfo, WorkerState
 from ._placement import kv_bytes
 from ._queues import Queues
 from ._room import carry_out, find_room
 from ._world import Action, World
+
+_LOSS = 0.2
+"""A call is preempted only while it has had at most such a share of its predicted service: later,
+it would soon give its KV memory back by itself (ours)."""
 
 
 class Shortage:
@@ -66,7 +70,7 @@ class Shortage:
         return not busy and info.worker not in self._world.changes and not self._coming(info)
 
     def _coming(self, info: WorkerInfo) -> bool:
-        device = device_key(info.node, info.device)
+        device = device_of(info)
         return info.elastic and self._world.coming(device) > 0
 
     # --- limits ---------------------------------------------------------------------------------
@@ -94,7 +98,7 @@ class Shortage:
     ) -> Iterator[Command]:
         """Shrink neighbours; with `evict`, drop kept prefixes until that is enough."""
         world = self._world
-        steps = find_room(world, info, short, now, _nobody_leaves)
+        steps = find_room(world, info, short, now, _nobody_leaves, self._is_useless)
         kept = (
             list(self._kept_of_idle_runs(world.ledger.on_device(claim.device), claim.worker))
             if evict and steps is None
@@ -109,6 +113,12 @@ class Shortage:
                     break
         for step in steps or ():
             yield carry_out(world, step)
+
+    def _is_useless(self, info: WorkerInfo) -> bool:
+        """Whether a process without weights on the device only takes memory: others serve its
+        model."""
+        busy = self._world.calls.on_worker(info.worker)
+        return info.state is WorkerState.SUSPENDED and not busy and self._world.spare(info)
 
     def _let_go(self, claim: Claim, over: int, now: float) -> Iterator[Command]:
         """Drop kept prefixes of the worker itself that stand in the way at its largest limit."""
@@ -151,13 +161,13 @@ class Shortage:
             return
         if any(p.worker == info.worker for p in world.preemptions.values()):
             return
-        mine = self._queues.rank(call, now)
         victims = [
             v
             for v in world.calls.on_worker(info.worker).values()
             if not v.settled
             and v.preemptions < world.settings.max_preemptions
-            and self._queues.rank(v, now) > mine
+            and now - v.started <= _LOSS * v.request.service_s
+            and self._queues.may_preempt(call, v, now)
         ]
         need = min(need, claim.kv_usable - claim.kv_kept)  # alone on the worker it is clipped
         held = sum(claim.reservations[v.call] for v in victims)

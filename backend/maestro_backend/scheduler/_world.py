@@ -14,11 +14,13 @@ from enum import StrEnum
 
 from ._calls import Call, CallTable
 from ._commands import DropPrefix, KeepPrefix, Preempt, SetKvLimit, SetResidency
-from ._ledger import Kept, Ledger, device_key, held_by, kv_aside
+from ._eviction import Rhythm
+from ._ledger import Kept, Ledger, device_of, held_by, kv_aside
 from ._nouns import Residency, WorkerInfo, WorkerState
 from ._placement import PlaceTable, kv_bytes
 from ._runs import LIKELY, RunTable
 from ._settings import Settings
+from ._traffic import Traffic
 
 
 class Action(StrEnum):
@@ -112,6 +114,9 @@ class World:
         self.calls = CallTable()
         self.workers: dict[str, WorkerInfo] = {}
         self.ledger = Ledger()
+        self.traffic = Traffic()
+        self.rtt_s: dict[str, float] = {}
+        """Of nodes that are not near."""
         self.moves: dict[int, Move] = {}
         self.changes: dict[str, LimitChange] = {}
         """By worker: one at a time."""
@@ -125,17 +130,23 @@ class World:
         self.refused: dict[str, frozenset[Residency]] = {}
         """Worker -> the tiers that its weights could not be put aside in, since it last moved."""
         self.last_used: dict[str, float] = {}
+        self.rhythms: dict[str, Rhythm] = {}
+        """By model: of its calls."""
         self.came: dict[str, float] = {}
         """Worker -> since when it is ready."""
         self.stranded: set[str] = set()
         """Suspended workers in which calls run."""
-        self.places = PlaceTable(self.calls, self.ledger, settings.placement == "affinity")
+        self.places = PlaceTable(
+            self.calls, self.ledger, settings.placement == "affinity", self._pace, self._beside
+        )
         self.changed = True
         self.touched: dict[str, None] = {}
         self.short: dict[str, tuple[Call, str]] = {}
         """Model -> the call that goes next but lacks KV memory, and the device where it does."""
         self.counts: Counter[Action] = Counter(dict.fromkeys(Action, 0))
         self._by_model: dict[str, dict[str, WorkerInfo]] = {}
+        self._away: dict[str, set[str]] = {}
+        """By model: workers that neither are ready to stay nor come."""
         self._by_device: dict[str, dict[str, WorkerInfo]] = {}
         self._by_node: dict[str, dict[str, WorkerInfo]] = {}
         self._moving: dict[str, Move] = {}
@@ -169,6 +180,13 @@ class World:
         busy = self.calls.on_worker(info.worker) or self.calls.queued(info.model)
         return not busy
 
+    def kv_room(self, info: WorkerInfo) -> int:
+        """Bytes that a worker's KV cache could have beside its weights and residual, what it has
+        already among them."""
+        claim = self.ledger.claims.get(info.worker)
+        room = self.ledger.free(device_of(info)) + (claim.total if claim else 0)
+        return room - info.weights_bytes - info.residual_bytes
+
     def of_model(self, model: str) -> Collection[WorkerInfo]:
         return self._by_model.get(model, _NO_WORKERS).values()
 
@@ -189,11 +207,33 @@ class World:
             return move.residency is Residency.DEVICE
         return info.state in _COMING and info.worker not in self._draining
 
+    def away(self, model: str) -> list[WorkerInfo]:
+        """The workers of `model` that do not come, in the order of `of_model`."""
+        gone = self._away.get(model)
+        return [w for w in self.of_model(model) if w.worker in gone] if gone else []
+
     def served(self, model: str) -> bool:
         """Whether some worker of `model` is ready, or on its way."""
         if model not in self._served and any(map(self.comes, self.of_model(model))):
             self._served.add(model)
         return model in self._served
+
+    def in_flight(self, info: WorkerInfo) -> tuple[int, int]:
+        """Calls on the worker, and on the others of its device."""
+        mine = len(self.calls.on_worker(info.worker))
+        return mine, sum(len(self.calls.on_worker(w.worker)) for w in self._beside(info))
+
+    def _beside(self, info: WorkerInfo) -> Collection[WorkerInfo]:
+        """The other workers of its device."""
+        here = self.of_device(device_of(info))
+        return () if len(here) == 1 else [w for w in here if w.worker != info.worker]
+
+    def _pace(self, info: WorkerInfo) -> float:
+        """By how much longer than alone the next call would take there, as a share."""
+        slowdown = self.traffic.slowdown(info.model).of(*self.in_flight(info))
+        if rtt_s := self.rtt_s.get(info.node):
+            slowdown += rtt_s / self.traffic.service_s(info.model)
+        return slowdown
 
     def spare(self, info: WorkerInfo) -> bool:
         """Whether its model has another ready worker, that stays."""
@@ -231,13 +271,13 @@ class World:
     def put(self, info: WorkerInfo, now: float) -> None:
         """A worker is new, or has changed."""
         worker, old = info.worker, self.workers.get(info.worker)
-        if old is not None and (old.model, _device(old)) != (info.model, _device(info)):
+        if old is not None and (old.model, device_of(old)) != (info.model, device_of(info)):
             self._unlist(old)
             self.places.of(old.model).shut(worker)
             self._served.discard(old.model)
         self.workers[worker] = info
         self._by_model.setdefault(info.model, {})[worker] = info
-        self._by_device.setdefault(_device(info), {})[worker] = info
+        self._by_device.setdefault(device_of(info), {})[worker] = info
         self._by_node.setdefault(info.node, {})[worker] = info
         if info.state is WorkerState.READY and (old is None or old.state is not info.state):
             self.came[worker] = now
@@ -256,6 +296,7 @@ class World:
         limits = self._limit_commands.items()
         self._limit_commands = {i: worker for i, worker in limits if worker not in lost}
         self.ledger.drop_node(node)
+        self.rtt_s.pop(node, None)
         for worker in gone:
             self._moved(worker)
             self._unlist(self.workers.pop(worker))
@@ -266,7 +307,8 @@ class World:
 
     def _unlist(self, info: WorkerInfo) -> None:
         del self._by_model[info.model][info.worker]
-        del self._by_device[_device(info)][info.worker]
+        self._away[info.model].discard(info.worker)
+        del self._by_device[device_of(info)][info.worker]
         del self._by_node[info.node][info.worker]
 
     def drain(self, worker: str, model: str) -> None:
@@ -291,11 +333,22 @@ class World:
         self.changed = True
         info = self.workers[worker]
         self._served.discard(info.model)
+        away = self._away.setdefault(info.model, set())
+        if self.comes(info):
+            away.discard(worker)
+        else:
+            away.add(worker)
         self.places.moved(info)
 
     def settle_places(self, now: float) -> Iterable[str]:
         """Bring the places for calls up to date; the models where there may be more of them."""
         return self.places.settle(self.workers, self.takes_calls, now)
+
+    def look_far(self) -> None:
+        """What a round trip counts for changes with the services that are learned."""
+        for node in self.rtt_s:
+            for info in self.of_node(node):
+                self.places.of(info.model).shift(info.worker)
 
     def changing(self, command: int) -> str | None:
         """The worker whose KV limit the command changes."""
@@ -306,7 +359,7 @@ class World:
     def touch(self, model: str) -> None:
         """The model's workers may have become idle, or less wanted."""
         for info in self.of_model(model):
-            self.touched[_device(info)] = None
+            self.touched[device_of(info)] = None
 
     def call_left(self, worker: str) -> None:
         """A call does not run on the worker any more."""
@@ -314,7 +367,25 @@ class World:
         if not self.calls.on_worker(worker):
             self.stranded.discard(worker)
             if info := self.workers.get(worker):
-                self.touched[_device(info)] = None
+                self.touched[device_of(info)] = None
+
+    def saw(self, call: Call, now: float) -> None:
+        """A call has come: of such its model's traffic is made."""
+        model = call.request.model
+        rhythm = self.rhythms.get(model)
+        self.rhythms[model] = rhythm.used(now) if rhythm else Rhythm(now)
+        self.traffic.seen(call, now)
+
+    def learn(self, call: Call, now: float) -> None:
+        """A call has ended well on its worker."""
+        if info := self.workers.get(call.worker or ""):
+            (beside, shared), (first, second) = self.in_flight(info), call.beside
+            self.traffic.ended(call, (beside - 1 + first) / 2, (shared + second) / 2, now)
+
+    def next_use_s(self, model: str, now: float) -> float:
+        """Seconds to the next call of the model, by how often it is used."""
+        rhythm = self.rhythms.get(model)
+        return math.inf if rhythm is None else rhythm.next_s(now)
 
     def account(self, worker: str) -> None:
         """Bring the worker's claim up to date with what it reports and what was asked of it.
@@ -395,7 +466,3 @@ def _kind(info: WorkerInfo, residency: Residency) -> Action:
             return Action.DROP_COPY if info.residency is Residency.HOST else Action.PARK
         case _:
             return Action.FETCH if info.residency is Residency.REMOTE else Action.STOP
-
-
-def _device(info: WorkerInfo) -> str:
-    return device_key(info.node, info.device)

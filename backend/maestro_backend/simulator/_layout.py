@@ -87,6 +87,7 @@ def node_infos(cluster: Cluster, made: dict[str, Place]) -> list[NodeInfo]:
             tuple(DeviceInfo(d.name, d.capacity_bytes) for d in node.devices),
             tuple(p.info for p in made.values() if p.info.node == node.name),
             node.host_bytes,
+            node.rtt_s,
         )
         for node in cluster.nodes
     ]
@@ -152,8 +153,10 @@ def _place(
         )
     floor = min(most, model.longest_request_bytes)
     limit = floor
-    if not system.elastic:  # a cache of one size goes and comes with the weights
-        limit = most if tier is Residency.DEVICE else 0
+    if tier is not Residency.DEVICE:  # the cache goes and comes with the weights
+        limit = 0
+    elif not system.elastic:
+        limit = most
     info = WorkerInfo(
         worker=f"{node.name}/{device.name}/{name}",
         node=node.name,

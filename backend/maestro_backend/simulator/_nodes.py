@@ -134,6 +134,8 @@ class Nodes:
             changes["kv_limit_bytes"] = command.kv_limit_bytes
         elif not start.elastic:  # a cache of one size goes and comes with the weights
             changes["kv_limit_bytes"] = start.kv_max_bytes if end is Residency.DEVICE else 0
+        elif end is not Residency.DEVICE:
+            changes["kv_limit_bytes"] = 0
         if end is Residency.DEVICE:
             self._outcome.activations[start.residency] += 1
             if not self._ready[start.model]:  # else it is a further worker: nothing is switched

@@ -130,6 +130,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "no-prefetch": ("weights on demand, least recently used out", {"weights": "lru"}),
     "no-elastic": ("caches of one size", {"elastic": False}),
+    "no-preempt": ("no call gives up its KV memory for another", {"preempts": False}),
     "no-order": ("order of arrival", {"order": "fcfs"}),
     "whole-device": (
         "one model at a time on a device, with all of its memory",

@@ -27,13 +27,26 @@ class Policy:
 
     uses_deadlines = False
 
+    shares = False
+    """Whether tenants share each model by weight, outside the order."""
+
     def key(self, call: Call, run: Run | None, now: float) -> Key:
         """Sort key of a queued call at `now` (seconds): the smallest goes first."""
         raise NotImplementedError
 
+    def turns_at(self, key: Key) -> float:
+        """When a queued call of this key gets another one by itself (seconds); never, if not."""
+        return math.inf
+
     def priority(self, call: Call, run: Run | None, now: float) -> int:
         """The engine's second-layer priority, 0 and up; vLLM's polarity: lower = sooner."""
         return 0
+
+    def may_preempt(self, key: Key, victim: Key) -> bool:
+        """Whether a call that lacks KV memory may take that of a running one, which then starts
+        anew. By default none may: what is computed again costs more than the better order brings
+        (measured with EDF, shortest first and their like)."""
+        return False
 
     def arrived(self, call: Call, run: Run, now: float) -> None:
         """A call has come; its key is asked for after this."""

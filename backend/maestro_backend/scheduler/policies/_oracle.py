@@ -12,7 +12,6 @@ from maestro_backend.scheduler._calls import Call, Key
 from maestro_backend.scheduler._runs import Run
 
 from ._base import Policy
-from ._maestro import remaining_s
 
 
 class Oracle(Policy):
@@ -23,7 +22,7 @@ class Oracle(Policy):
     rekey_s = 1.0
 
     def key(self, call: Call, run: Run | None, now: float) -> Key:
-        remaining = remaining_s(call, run)
+        remaining = call.request.service_s + (run.future_s if run else 0.0)
         latest = None if run is None or run.deadline is None else run.deadline - remaining
         return (1, remaining) if latest is None or latest < now else (0, latest)
 

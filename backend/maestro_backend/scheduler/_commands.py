@@ -33,8 +33,8 @@ class Dispatch:
 class SetResidency:
     """Bring a model's weights to a tier on a node.
 
-    `kv_limit_bytes` is the KV limit to have there; None: the one that it had last (at a start: the most).
-    `worker` says which worker is meant, where the node has several of the model.
+    `kv_limit_bytes` is the KV limit to have there; None: the one that it had last (at a start: the
+    most). `worker` says which worker is meant, where the node has several of the model.
     """
 
     id: int

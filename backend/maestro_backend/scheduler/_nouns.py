@@ -48,11 +48,11 @@ class WorkerInfo:
     `max_model_len`) and `kv_max_bytes` (what the engine is built with); only an `elastic` worker
     moves between them. While that one is suspended, it is what calls and kept prefixes hold in it,
     0 if nothing: its limit comes with the resume. Another holds all of it, or may hold none of it
-    while it is suspended without calls. `kv_geometry` says what requests hold of it, in whole blocks; while it is None,
-    `kv_bytes_per_token` is all that is known. `host_copy_bytes` is what a copy of its weights takes
-    in host memory, `host_bytes` what it holds there now. `tiers` are the residencies it can be
-    brought to, and `activation_s` the learned seconds from each to the device. `detail` says in
-    words what it is doing or what went wrong.
+    while it is suspended without calls. `kv_geometry` says what requests hold of it, in whole
+    blocks; while it is None, `kv_bytes_per_token` is all that is known. `host_copy_bytes` is what a
+    copy of its weights takes in host memory, `host_bytes` what it holds there now. `tiers` are the
+    residencies it can be brought to, and `activation_s` the learned seconds from each to the
+    device. `detail` says in words what it is doing or what went wrong.
     """
 
     worker: str

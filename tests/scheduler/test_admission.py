@@ -243,7 +243,8 @@ def test_room_held_for_a_lower_class_is_not_taken_from_a_higher_one() -> None:
 
 
 def test_a_tenant_ahead_of_its_share_is_treated_as_one_class_lower() -> None:
-    settings = Settings(max_queue_s=100.0, fair_lag_s=5.0)
+    weights = {"greedy": 1.0, "modest": 1.0}
+    settings = Settings(max_queue_s=100.0, fair_lag_s=5.0, tenant_weights=weights)
     core = loaded(150, settings, tenant="greedy")
     core.handle(replace(arrival("o0", "other", service_s=100.0), tenant="modest"), 0.0)
     [call] = dispatched(core.handle(CallFinished("c0"), 10.0))

@@ -112,7 +112,8 @@ FIVE = {
     "e": Tenant(40.0, 0.1, error=0.8),
 }
 BACKLOG_S = 1500.0
-NO_BOUND = Settings(max_queued=10**9, fair_lag_s=120.0)
+NAMES = dict.fromkeys(("a", "b", "c", "d", "e"), 1.0)
+NO_BOUND = Settings(max_queued=10**9, fair_lag_s=120.0, tenant_weights=NAMES)
 EACH_ORDER = pytest.mark.parametrize("policy", [Shortest, Maestro, lambda: Shortest(30.0)])
 
 
@@ -127,7 +128,7 @@ def test_equal_tenants_get_equal_service(policy: Any, tenants: dict[str, Tenant]
 
 @EACH_ORDER
 def test_service_goes_by_weight(policy: Any) -> None:
-    settings = replace(NO_BOUND, tenant_weights={"default": 1.0, "b": 3.0}, fair_lag_s=20.0)
+    settings = replace(NO_BOUND, tenant_weights={"a": 1.0, "b": 3.0}, fair_lag_s=20.0)
     tenants = {"a": Tenant(0.5, 5.0), "b": Tenant(5.0, 1.0)}
     served = Play(core_of(policy(), settings, window=4), tenants).until(BACKLOG_S)
     assert served["b"] / served["a"] == pytest.approx(3.0, rel=0.05)
@@ -158,18 +159,18 @@ def order_of(core: Scheduler, *calls: CallArrived) -> list[str]:
 
 def test_within_the_bound_the_order_decides_and_beyond_it_the_tenant_furthest_behind() -> None:
     calls = [of("a", f"a{i}", 1.0) for i in range(8)] + [of("b", f"b{i}", 2.0) for i in range(4)]
-    core = core_of(Shortest(), Settings(fair_lag_s=3.0))
+    core = core_of(Shortest(), Settings(fair_lag_s=3.0, tenant_weights=NAMES))
     expected = ["a0", "a1", "a2", "a3", "b0", "a4", "a5", "b1", "a6", "a7", "b2", "b3"]
     assert order_of(core, *calls) == expected
 
 
 def test_the_order_alone_decides_for_one_tenant_and_for_other_policies() -> None:
     mixed = [of("ab"[i % 2], f"c{i}", float(9 - i)) for i in range(6)]
-    assert order_of(core_of(Sjf(), Settings(fair_lag_s=0.0)), *mixed) == [
+    assert order_of(core_of(Sjf(), Settings(fair_lag_s=0.0, tenant_weights=NAMES)), *mixed) == [
         f"c{i}" for i in reversed(range(6))
     ]
     one = [replace(call, tenant="a") for call in mixed]
-    assert order_of(core_of(Shortest(), Settings(fair_lag_s=0.0)), *one) == [
+    assert order_of(core_of(Shortest(), Settings(fair_lag_s=0.0, tenant_weights=NAMES)), *one) == [
         f"c{i}" for i in reversed(range(6))
     ]
 
@@ -183,7 +184,7 @@ def serve(core: Scheduler, running: str, seconds: list[float]) -> list[str]:
 
 
 def test_an_idle_tenant_saves_nothing_up() -> None:
-    core = core_of(Shortest(), Settings(fair_lag_s=0.0))
+    core = core_of(Shortest(), Settings(fair_lag_s=0.0, tenant_weights=NAMES))
     for i in range(20):
         core.handle(of("a", f"a{i}"), 1.0)
     core.handle(of("b", "b0"), 1.0)
@@ -196,7 +197,7 @@ def test_an_idle_tenant_saves_nothing_up() -> None:
 
 
 def test_a_tenant_with_one_call_at_a_time_is_charged_what_it_took() -> None:
-    core = core_of(Shortest(), Settings(fair_lag_s=0.0))
+    core = core_of(Shortest(), Settings(fair_lag_s=0.0, tenant_weights=NAMES))
     for i in range(20):
         core.handle(of("a", f"a{i}"), 1.0)
     core.handle(of("b", "b0", 0.5), 1.0)
@@ -204,7 +205,7 @@ def test_a_tenant_with_one_call_at_a_time_is_charged_what_it_took() -> None:
     core.handle(of("b", "b1", 0.5), 12.0)
     went = serve(core, "a1", [float(second) for second in range(13, 24)])
     assert went.index("b1") == 9, "when the other has had as much"
-    settings = Settings(fair_lag_s=0.0, tenant_weights={"b": 0.2})
+    settings = Settings(fair_lag_s=0.0, tenant_weights={**NAMES, "b": 0.2})
     core = core_of(Shortest(), settings, window=2)
     for i in range(20):
         core.handle(of("a", f"a{i}"), 1.0)
@@ -217,7 +218,7 @@ def test_a_tenant_with_one_call_at_a_time_is_charged_what_it_took() -> None:
 
 
 def test_nothing_is_owed_once_nobody_waits() -> None:
-    core = core_of(Shortest(), Settings(fair_lag_s=5.0))
+    core = core_of(Shortest(), Settings(fair_lag_s=5.0, tenant_weights=NAMES))
     for i in range(4):
         core.handle(of("a", f"a{i}", 3.0), 1.0)
     core.handle(of("b", "b0", 20.0), 1.0)
@@ -228,13 +229,13 @@ def test_nothing_is_owed_once_nobody_waits() -> None:
 
 
 def test_a_call_that_has_waited_too_long_goes_before_the_tenant_furthest_behind() -> None:
-    core = core_of(Shortest(max_wait_s=10.0), Settings(fair_lag_s=0.0))
+    core = core_of(Shortest(max_wait_s=10.0), Settings(fair_lag_s=0.0, tenant_weights=NAMES))
     core.handle(of("a", "a0"), 0.0)
     core.handle(of("a", "a1"), 1.0)
     core.handle(of("b", "b0", 1.0), 9.0)
     core.handle(of("a", "a2", 1.0), 9.0)
     assert dispatched(core.handle(CallFinished("a0"), 10.9)) == ["a1"]
-    core = core_of(Shortest(max_wait_s=10.0), Settings(fair_lag_s=0.0))
+    core = core_of(Shortest(max_wait_s=10.0), Settings(fair_lag_s=0.0, tenant_weights=NAMES))
     for i in range(3):
         core.handle(of("a", f"a{i}", 1.0), 0.0)
     core.handle(of("b", "b0", 2.0), 1.0)
@@ -244,7 +245,7 @@ def test_a_call_that_has_waited_too_long_goes_before_the_tenant_furthest_behind(
 
 
 def test_of_those_that_have_waited_too_long_the_tenant_furthest_behind_goes() -> None:
-    core = core_of(Shortest(max_wait_s=10.0), Settings(fair_lag_s=0.0))
+    core = core_of(Shortest(max_wait_s=10.0), Settings(fair_lag_s=0.0, tenant_weights=NAMES))
     for i in range(4):
         core.handle(of("a", f"a{i}", 1.0), 0.0)
     core.handle(of("b", "b0", 5.0), 0.5)
@@ -253,8 +254,15 @@ def test_of_those_that_have_waited_too_long_the_tenant_furthest_behind_goes() ->
     assert went == ["a1", "b0"]
 
 
+def test_who_is_not_named_shares_with_all_others_who_are_not() -> None:
+    """Else a client would get more by inventing tenants."""
+    calls = [of("p", f"p{i}", 1.0) for i in range(3)] + [of("q", "q0", 2.0)]
+    core = core_of(Shortest(), Settings(fair_lag_s=0.0, tenant_weights={"a": 1.0}))
+    assert order_of(core, *calls) == ["p0", "p1", "p2", "q0"]
+
+
 def test_the_real_seconds_count_and_a_try_that_came_to_nothing_does_not() -> None:
-    settings = Settings(fair_lag_s=5.0)
+    settings = Settings(fair_lag_s=5.0, tenant_weights=NAMES)
     calls = [of("a", f"a{i}", 1.0) for i in range(3)] + [of("b", "b0", 2.0)]
     core = core_of(Shortest(), settings)
     core.handle(of("nobody", "first"), 1.0)
@@ -367,7 +375,7 @@ def test_no_tenant_runs_ahead_of_one_that_waits_by_more_than_the_bound(
     sizes: list[tuple[str, float]], lag_s: float
 ) -> None:
     calls = [of(tenant, f"{tenant}{i}", size) for i, (tenant, size) in enumerate(sizes)]
-    went = order_of(core_of(Shortest(), Settings(fair_lag_s=lag_s)), *calls)
+    went = order_of(core_of(Shortest(), Settings(fair_lag_s=lag_s, tenant_weights=NAMES)), *calls)
     left: dict[str, dict[str, float]] = defaultdict(dict)
     for call in calls:
         left[call.tenant][call.call] = call.service_s
@@ -382,7 +390,7 @@ def test_no_tenant_runs_ahead_of_one_that_waits_by_more_than_the_bound(
 
 
 def test_a_recording_with_tenants_replays(tmp_path: Path) -> None:
-    core = Scheduler(Maestro(), Settings(tenant_weights={"b": 3.0}, fair_lag_s=2.0))
+    core = Scheduler(Maestro(), Settings(tenant_weights={**NAMES, "b": 3.0}, fair_lag_s=2.0))
     recorder = Recorder(tmp_path / "r.jsonl", core)
     events: list[Event] = [NodeJoined(node(worker(window=1)))]
     events += [of("ab"[i % 2], f"c{i}", 1.0 + i % 3) for i in range(20)]

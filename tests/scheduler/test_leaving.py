@@ -158,10 +158,11 @@ def test_nor_is_it_taken_from_a_model_with_half_as_much_to_do() -> None:
 # --- another place for what stands in the way ---------------------------------------------------
 
 
-def in_the_way(service_s: float = 1.0) -> Scheduler:
+def in_the_way(service_s: float = 1.0, capacity: int = 1100) -> Scheduler:
     """The further worker of m has its place on d1, where the only one of x is used now and then;
     d2 is free, and x could be there. A call of m waits since 50."""
-    core = cluster(on(0, "m"), on(1, "m", STOPPED), on(1, "x"), on(2, "x", STOPPED))
+    infos = on(0, "m"), on(1, "m", STOPPED), on(1, "x"), on(2, "x", STOPPED)
+    core = cluster(*infos, capacity=capacity)
     come(core, "x", "x1", now=40.0, service_s=service_s)
     core.handle(CallFinished("x1"), 41.0)
     come(core, "m", "a", "b", now=50.0, service_s=90.0)
@@ -183,6 +184,22 @@ def test_a_model_with_much_to_do_stays_where_it_is() -> None:
     assert moves(core.handle(Tick(), 55.1)) == []
     assert moves(core.handle(Tick(), 64.0)) == []
     assert moves(core.handle(Tick(), 65.1)) == [("n/d2/x", DEVICE)], "for so long nobody waits"
+
+
+def test_a_model_that_is_not_in_the_way_stays_where_it_is() -> None:
+    core = in_the_way(capacity=2200)
+    assert moves(core.handle(Tick(), 52.0)) == []
+    assert moves(core.handle(Tick(), 55.1)) == [("n/d1/m", DEVICE)]
+
+
+def test_a_worker_that_was_to_leave_for_a_further_one_takes_no_calls_meanwhile() -> None:
+    core = cluster(on(0, "m"), on(1, "m", STOPPED), on(1, "x", window=9), on(2, "x", window=9))
+    come(core, "x", "x1", "x2", now=1.0)
+    come(core, "m", "a", "b", now=10.0, service_s=90.0)
+    core.handle(Tick(), 15.1)
+    assert places(come(core, "x", "x3", "x4", now=15.2)) == ["n/d2/x"] * 2
+    core.handle(CallFinished("x1"), 15.3)
+    assert moves(core.handle(Tick(), 16.0)) == [("n/d1/x", DISK)]
 
 
 # --- for KV memory ------------------------------------------------------------------------------

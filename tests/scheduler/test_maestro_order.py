@@ -102,7 +102,7 @@ def test_a_run_without_a_deadline_is_never_given_up() -> None:
 
 
 def test_pauses_move_what_a_run_without_a_deadline_is_due_at() -> None:
-    paused = [(2.0, RunPaused("run f")), (40.0, RunResumed("run f"))]
+    paused: list[Timed] = [(2.0, RunPaused("run f")), (40.0, RunResumed("run f"))]
     runs = free("f", 0.1), due("r", 45, 1)
     assert order(*runs, at=41.0) == ["f", "r"]
     assert order(*runs, paused, at=41.0) == ["r", "f"]

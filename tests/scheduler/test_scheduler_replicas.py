@@ -84,7 +84,7 @@ def done(core: Scheduler, command: Command, info: WorkerInfo, now: float) -> lis
 # --- where a call goes --------------------------------------------------------------------------
 
 
-def test_a_call_goes_where_the_least_predicted_work_is_in_flight_per_place() -> None:
+def test_a_call_goes_where_the_fewest_are_in_flight() -> None:
     core = cluster(on(0, "m", window=4), on(1, "m", window=2))
     assert places(core.handle(arrival("a", service_s=4), 1.0)) == ["n/d0/m"]
     assert places(core.handle(arrival("b", service_s=2), 1.0)) == ["n/d1/m"]

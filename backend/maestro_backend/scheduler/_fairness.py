@@ -94,7 +94,7 @@ class Shares:
     """The tenants of one model, while calls of more than one wait."""
 
     def __init__(self, settings: Settings) -> None:
-        self._weights = settings.tenant_weights
+        self._settings = settings
         self._lag_s = settings.fair_lag_s
         self._lanes: dict[str, Lane] = {}
         self._by_clock: list[tuple[float, int, Lane]] = []
@@ -106,10 +106,10 @@ class Shares:
 
         A tenant has no claim from a time when it wanted nothing.
         """
-        tenant = call.request.tenant
+        tenant = self._settings.sharer(call.request.tenant)
         lane = self._lanes.get(tenant)
         if lane is None:
-            weight = self._weights.get(tenant, self._weights.get("default", 1.0))
+            weight = self._settings.tenant_weights.get(tenant, 1.0)
             lane = Lane(self, tenant, weight, self._count)
             self._count += 1
         if lane.oldest() is None and (last := self._last()) and last.clock > lane.clock:
@@ -150,7 +150,7 @@ class Shares:
 
     def ahead(self, tenant: str) -> bool:
         """Whether the tenant has had so much that others that wait go first."""
-        lane, last = self._lanes.get(tenant), self._last()
+        lane, last = self._lanes.get(self._settings.sharer(tenant)), self._last()
         return bool(lane and last and lane.clock - last.clock > self._lag_s)
 
     def _too_far(self, call: Call, clock: float) -> bool:

@@ -49,7 +49,7 @@ class Queue:
         return self.shares.turn(call) if self.shares and call else call
 
     def _enter(self, call: Call, waiting: int, settings: Settings) -> None:
-        tenant = call.request.tenant
+        tenant = settings.sharer(call.request.tenant)
         if waiting == 1:
             self.shares, self._tenant = None, tenant
         elif self.shares is None and tenant != self._tenant:

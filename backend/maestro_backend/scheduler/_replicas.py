@@ -28,6 +28,8 @@ class Replicas:
     def __init__(self, world: World, failures: Failures, leaving: Leaving) -> None:
         self._world, self._failures, self._leaving = world, failures, leaving
         self._thought = 0.0
+        self.wanted: set[str] = set()
+        """Models that should have another worker, as of then."""
 
     def due(self, now: float) -> bool:
         """Whether it is time to think of them again; it is done with that."""
@@ -41,6 +43,7 @@ class Replicas:
     ) -> Iterator[Command]:
         """Of the models in demand that are not `unmet`."""
         world = self._world
+        self.wanted.clear()
         for demand in demands:
             model = demand.model
             away = world.away(model)
@@ -53,6 +56,7 @@ class Replicas:
             oldest = next(self._free_calls(model), None)
             if oldest is None or not self._outnumber(model, self._places_coming(model)):
                 continue
+            self.wanted.add(model)
             replica = Demand(model, oldest, replica=True)
             workers = [w for w in away if self._may_come(w, replica, now)]
             yield from bring(replica, workers) if workers else self._relocate(replica, bring, now)
@@ -67,13 +71,16 @@ class Replicas:
 
     def _may_come(self, info: WorkerInfo, replica: Demand, now: float) -> bool:
         """Whether the worker could be a further one, now that the oldest call has waited so."""
-        if replica.waited_s(now) < max(SOON_S, info.activation_s.get(info.residency, 0.0)):
-            return False
-        if not self._failures.may_be_tried(info, now):
+        if not self._is_time(info, replica, now):
             return False
         return self._world.kv_room(info) >= kv_least(info) or any(
             self._leaving.spare(w, replica, now) for w in self._world.of_device(device_of(info))
         )
+
+    def _is_time(self, info: WorkerInfo, replica: Demand, now: float) -> bool:
+        """Whether the oldest call has waited for as long as the worker takes to come."""
+        back_s = max(SOON_S, info.activation_s.get(info.residency, 0.0))
+        return replica.waited_s(now) >= back_s and self._failures.may_be_tried(info, now)
 
     def _places_coming(self, model: str) -> int:
         world = self._world
@@ -85,7 +92,7 @@ class Replicas:
         one can be spared."""
         world = self._world
         for info in world.away(replica.model):
-            if not self._failures.may_be_tried(info, now):
+            if not self._is_time(info, replica, now):
                 continue
             for other in world.of_device(device_of(info)):
                 if other.model == replica.model or not world.takes_calls(other):

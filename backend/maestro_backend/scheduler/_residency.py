@@ -72,7 +72,7 @@ class Residencies:
                 yield from self._bring(demand, spoken_for, now)
         self._expected = {d.model: d.expected_at for d in demands if d.expected_at is not None}
         for worker, model in list(self._world.draining.items()):
-            if model not in self.unmet:
+            if model not in self.unmet and model not in self._replicas.wanted:
                 self._world.undrain(worker)
         self.preload = [model for model in self.preload if self._fetching(model)]
         if self._replicas.due(now):

@@ -49,13 +49,17 @@ class Settings:
     """Which calls of a forecast count as expected. For comparisons: none, or all of them, and what
     is idle makes room for them whether it is expected or not."""
     placement: Literal["load", "affinity"] = "load"
-    """Which of a model's workers a call goes to: the one with the least predicted work per place,
-    or the one that served its run last, unless that is much busier than another."""
+    """Which of a model's workers a call goes to: the one where it is slowed down the least; or, for
+    comparisons, the one that served its run last, unless that is much busier than another."""
     tiers: tuple[Residency, ...] = tuple(Residency)
     """The residencies that may be used."""
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
-    """Where calls of several tenants wait for a model, they share it by weight. One that is not
-    named has that of `default`, else 1."""
+    """Where calls of several tenants wait for a model, they share it by weight. All that are not
+    named here are one, `default`: nobody gets more by calling himself another."""
     fair_lag_s: float = 3600.0
     """No tenant is ahead of another that waits by more service than this, in seconds by weight;
     until then the order of calls decides."""
+
+    def sharer(self, tenant: str) -> str:
+        """As whom a tenant shares."""
+        return tenant if tenant in self.tenant_weights else "default"

@@ -142,7 +142,8 @@ async def test_two_runs_at_once_keep_apart(tmp_path: Path) -> None:
 
 
 async def test_the_shortest_run_goes_first(tmp_path: Path) -> None:
-    """Two runs wait for one place: one has a whole stage ahead of it, the other is at its end."""
+    """Two runs without a deadline wait for one place: one has a whole stage ahead of it, the other
+    is at its end."""
     async with gateway(tmp_path, window=1) as g:
         await g.http.put(URL, content=TEAM.model_dump_json())
         for stage, tokens in (("plan", 200), ("write", 16)) * 20:
@@ -152,7 +153,8 @@ async def test_the_shortest_run_goes_first(tmp_path: Path) -> None:
             calls = [asyncio.create_task(g.chat(text="first"))]
             await g.until(lambda: len(g.stubs["big"].requests) == 1)
             for text, stage, run in (("long", "plan", "l"), ("short", "write", "s")):
-                calls.append(asyncio.create_task(g.chat(text=text, headers=headers(stage, run))))
+                body = {"text": text, "maestro": {"slo": {"class": "batch"}}}
+                calls.append(asyncio.create_task(g.chat(**body, headers=headers(stage, run))))
                 await g.until(lambda: len(g.shell.scheduler.calls.by_id) == len(calls))
         await asyncio.gather(*calls)
         order = [r.body["messages"][0]["content"] for r in g.stubs["big"].requests]

@@ -4,8 +4,8 @@ T_rem = T_current + T_future (Maestro, arXiv 2606.12950), the seconds that a run
 is given up where even an optimistic T_rem is too long for its deadline: the 1st percentile, taken
 from the predicted median and 90th percentile as of a log-normal. Runs that are given up come after
 all others, the shortest T_rem first. So the less is known, the more this is EDF, down to EDF with
-late runs last. A run without a deadline is due some multiple of its work after its start, and never
-given up. All of this but T_rem is ours.
+late runs last. A run without a deadline is due some minutes and some multiple of its work after its
+start, and never given up. All of this but T_rem is ours.
 
 Bounded waiting (ours): a call older than `max_wait_s` goes before all younger ones, in order of
 arrival.
@@ -21,10 +21,10 @@ from maestro_backend.scheduler._runs import Run
 from ._base import Policy
 from ._remaining import Remaining
 
-_PATIENT_S = 10.0
+_PATIENT_S = 600.0
 _PATIENT_TIMES = 5.0
-"""A run without a deadline is due after so many times its work, and not before that: shortest
-first, but whoever waits comes nearer."""
+"""A run without a deadline is due so long after its start, and so many times its work: after those
+that have one soon, the shortest first, but whoever waits comes nearer."""
 _GIVEN_UP = 2**30
 """Engine priorities of runs that were given up are above this."""
 
@@ -53,7 +53,7 @@ class Maestro(Policy):
         least_s, likely_s = self._remaining.of(call, run)
         if run is None or run.deadline is None:
             since = call.arrived if run is None else run.started + run.paused_s
-            return (0.0, since + max(_PATIENT_S, _PATIENT_TIMES * likely_s))
+            return (0.0, since + _PATIENT_S + _PATIENT_TIMES * likely_s)
         if run.deadline - least_s < now:
             return (1.0, likely_s)
         return (0.0, run.deadline, run.deadline - least_s)

@@ -6,21 +6,18 @@ from dataclasses import replace
 
 import pytest
 from scheduler.scenes import ALIVE, FLOOR, RESIDUAL, arrival, ready, stopped, suspended, tiered
+from scheduler.test_scheduler_replicas import done, moves, places
 
 from maestro_backend.scheduler import (
     CallCancelled,
     CallFinished,
     Command,
-    CommandApplied,
     DeviceInfo,
-    Dispatch,
     NodeInfo,
     NodeJoined,
     Residency,
     Scheduler,
-    SetResidency,
     Tick,
-    WorkerChanged,
     WorkerInfo,
     WorkerState,
 )
@@ -47,21 +44,6 @@ def cluster(*workers: WorkerInfo, capacity: int = 1100) -> Scheduler:
     core.handle(NodeJoined(NodeInfo("n", devices, workers, 10**4)), 0.0)
     core.validate()
     return core
-
-
-def moves(commands: list[Command]) -> list[tuple[str, Residency]]:
-    return [(c.worker, c.residency) for c in commands if isinstance(c, SetResidency)]
-
-
-def places(commands: list[Command]) -> list[str]:
-    return [c.worker for c in commands if isinstance(c, Dispatch)]
-
-
-def done(core: Scheduler, command: Command, info: WorkerInfo, now: float) -> list[Command]:
-    commands = core.handle(WorkerChanged(info), now)
-    commands += core.handle(CommandApplied(command.id), now)
-    core.validate()
-    return commands
 
 
 def come(

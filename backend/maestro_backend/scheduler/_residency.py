@@ -167,7 +167,7 @@ class Residencies:
                 return  # the same again would come to the same
             before = wanted
             for info in open_:
-                if self._world.kv_room(info) >= wanted[info.worker]:
+                if world.kv_room(info) >= wanted[info.worker]:
                     yield from self._bring_in(info)
                     if not self.arriving(info.worker):
                         spoken_for.add(device_of(info))
@@ -206,7 +206,7 @@ class Residencies:
     ) -> list[Command] | None:
         """What to do for it now, or None if nothing is: it cannot be had, or not yet."""
         world = self._world
-        short = kv_limit - self._world.kv_room(info) - world.coming(device_of(info))
+        short = kv_limit - world.kv_room(info) - world.coming(device_of(info))
         if short <= 0:
             return []  # enough is on its way already
         steps = self._steps(info, short, demand, now)
@@ -232,14 +232,13 @@ class Residencies:
         if steps is None and demand.waited_s(now) >= SOON_S:
             steps = find_room(world, info, short, now, lambda w: leaving.spare(w, demand, now))
         if steps is None and demand.waited_s(now) >= world.settings.patience_s:
-            busy = not demand.replica
             steps = find_room(
                 world,
                 info,
                 short,
                 now,
                 lambda w: leaving.busy(w, demand, now),
-                at_any_price=busy,
+                at_any_price=not demand.replica,
             )
         return steps
 

@@ -118,7 +118,8 @@ class _Model:
 
 
 class _TwoFactors:
-    """Least squares for y = a * p + b * q, none of them below `_LEAST` of its start or zero."""
+    """Least squares for y = a * p + b * q, with neither factor below zero (`_LEAST`, if it starts
+    from something)."""
 
     __slots__ = ("_least", "_pp", "_pq", "_py", "_qq", "_qy", "factors")
 
